@@ -1,0 +1,79 @@
+"""What one training run is: every option of `muon-dist train`, with its default and its help, in one typed place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from muon_dist.options import MomentumState
+
+EngineName = Literal["fsdp2", "ddp", "single"]
+ModelName = Literal["nano", "tiny", "small", "85m", "300m", "1b"]
+OptimizerName = Literal["dist_muon", "adamw", "torch_muon"]
+DtypeName = Literal["fp32", "bf16"]
+
+
+class UsageError(Exception):
+    """The command as given cannot run; the message says what was wrong and what to do instead."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One field per option, annotated with its help; `cli.py` makes arguments of them, `result.json` records them."""
+
+    out: Annotated[Path, "folder of the run: metrics.jsonl, checkpoints/, tensorboard/"] = Path("runs/train")
+
+    engine: Annotated[EngineName, "how parameters lie on the ranks"] = "fsdp2"
+    replicas: Annotated[int, "fsdp2: replicate the sharded model this many times (HSDP)"] = 1
+    dtype: Annotated[DtypeName, "of forward and backward; parameters and reductions stay fp32"] = "fp32"
+    model: Annotated[ModelName, "Llama preset, built from its config with fresh weights"] = "tiny"
+
+    data: Annotated[tuple[Path, ...], "text files or folders (default: the Python standard library's sources)"] = ()
+    hf_dataset: Annotated[str, "name of a `datasets` dataset with a `text` column, used instead of --data"] = ""
+    sequence_length: Annotated[int, "bytes a sequence"] = 128
+    batch_size: Annotated[int, "sequences a step, over all ranks and accumulation steps"] = 16
+    accumulation_steps: Annotated[int, "micro-batches a step"] = 1
+    steps: Annotated[int, "optimizer steps"] = 300
+
+    optimizer: Annotated[OptimizerName, "which optimizer; all three split the parameters alike"] = "dist_muon"
+    momentum_state: Annotated[MomentumState, "how dist_muon stores its momentum"] = "linear8"
+    lr: Annotated[float, "peak learning rate of the matrices that Muon updates"] = 2e-2
+    adamw_lr: Annotated[float, "peak learning rate of everything that AdamW updates"] = 3e-3
+    momentum: Annotated[float, "Muon's momentum"] = 0.95
+    weight_decay: Annotated[float, "decoupled, on matrices only"] = 0.1
+    clip_norm: Annotated[float, "largest norm of the whole raw gradient; inf leaves it as it is"] = 1.0
+    warmup_steps: Annotated[int, "steps of linear warm-up; a cosine down to a tenth of the peak follows"] = 20
+    seed: Annotated[int, "of the initial weights and of the order of the data"] = 0
+
+    log_every: Annotated[int, "steps between training records"] = 10
+    eval_every: Annotated[int, "steps between evaluations; the last step is always evaluated"] = 50
+    eval_sequences: Annotated[int, "held-out sequences of an evaluation, the same ones every time"] = 256
+    checkpoint_every: Annotated[int, "steps between checkpoints; 0: only the last step is saved"] = 0
+    resume: Annotated[bool, "continue from the newest checkpoint in --out, if there is one"] = False
+
+    def __post_init__(self) -> None:
+        at_least_one = ("replicas", "sequence_length", "batch_size", "accumulation_steps", "steps")
+        for name in (*at_least_one, "log_every", "eval_every", "eval_sequences"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.replicas > 1 and self.engine != "fsdp2":
+            raise UsageError(f"--replicas is for --engine fsdp2; --engine {self.engine} has no shards to replicate")
+        if self.data and self.hf_dataset:
+            raise UsageError("--data and --hf-dataset both name the text to train on; give one of them")
+
+    def check_world_size(self, world_size: int) -> None:
+        if self.engine == "single" and world_size > 1:
+            raise UsageError(f"--engine single is one process, torchrun started {world_size}; use fsdp2 or ddp")
+        if world_size % self.replicas:
+            raise UsageError(f"--replicas {self.replicas} does not divide the {world_size} ranks of this job")
+        passes = world_size * self.accumulation_steps
+        if self.batch_size % passes:
+            raise UsageError(
+                f"--batch-size {self.batch_size} does not split over {world_size} ranks x "
+                f"{self.accumulation_steps} accumulation steps; use a multiple of {passes}"
+            )
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Sequences in one forward pass of one rank."""
+        return self.batch_size // (world_size * self.accumulation_steps)

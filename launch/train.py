@@ -1,0 +1,151 @@
+"""`muon-dist train`: the training loop, the same for every engine and optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from muon_dist.launch.checkpointing import Checkpoints, TrainingState
+from muon_dist.launch.config import TrainConfig, UsageError
+from muon_dist.launch.data import Batches, TextData, load_text
+from muon_dist.launch.engines import Engine, build_engine
+from muon_dist.launch.environment import Environment, process_group, read_environment
+from muon_dist.launch.metrics import Metrics
+from muon_dist.launch.models import build_model
+from muon_dist.launch.optimizers import build_optimizers, expected_state_bytes, warmup_cosine
+from muon_dist.memory import measured_state_bytes
+
+
+def run(config: TrainConfig) -> None:
+    """Everything that can be wrong with the command is found before the ranks meet."""
+    if not config.resume and (config.out / "metrics.jsonl").exists():
+        raise UsageError(f"--out {config.out} already holds a run; add --resume to continue it, or name another folder")
+    environment = read_environment(os.environ)
+    config.check_world_size(environment.world_size)
+    text = load_text(config)
+    with process_group(environment):
+        train(config, environment, text)
+
+
+def train(config: TrainConfig, environment: Environment, text: TextData) -> None:
+    batches = Batches(config, environment, text)
+    model = build_model(config.model, config.sequence_length, environment.device, config.seed)
+    facts: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters())
+    }  # before they are sharded
+    engine = build_engine(config, environment, model)
+    optimizers = build_optimizers(config, engine.model)
+    schedulers = warmup_cosine(optimizers, config.warmup_steps, config.steps)
+
+    state = TrainingState(engine.model, optimizers, schedulers)
+    checkpoints = Checkpoints(config.out / "checkpoints", environment)
+    if config.resume:
+        checkpoints.load_newest(state)
+    if state.step >= config.steps:
+        print(f"{config.out}: all {config.steps} steps are done, nothing to resume")
+        return
+
+    first_step = state.step + 1
+    started = time.perf_counter()
+    with closing(Metrics(config.out, environment.device, first_step, config.steps, environment.is_main)) as metrics:
+        for step in range(first_step, config.steps + 1):
+            is_last = step == config.steps
+            lr = optimizers[0].param_groups[0]["lr"]
+            loss = backward(engine, batches.training(step))
+            grad_norm = clip(engine.model, config.clip_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            for scheduler in schedulers:
+                scheduler.step()
+            state.step = step
+
+            metrics.advance(config.batch_size * config.sequence_length)
+            if step % config.log_every == 0 or is_last:
+                mean_loss = environment.sum(loss) / environment.world_size
+                metrics.train(step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item())
+            if step % config.eval_every == 0 or is_last:
+                with metrics.untimed():
+                    validation_loss = evaluate(engine, environment, batches.validation())
+                metrics.evaluation(step, validation_loss)
+            if is_last or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                with metrics.untimed():
+                    checkpoints.save(state)
+
+    facts |= {
+        "first_step": first_step,
+        "steps": config.steps,
+        "seconds": time.perf_counter() - started,
+        "validation_loss": validation_loss,
+        "state_bytes_per_rank": {
+            "measured": environment.maximum(sum(measured_state_bytes(optimizer) for optimizer in optimizers)),
+            "estimated": expected_state_bytes(config, model, environment.world_size),
+        },
+    }
+    if environment.is_main:
+        write_result(config, environment, facts)
+
+
+def backward(engine: Engine, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Add up the step's gradients; returns this rank's mean loss, still on the device."""
+    losses = []
+    for index, tokens in enumerate(micro_batches):
+        is_last = index == len(micro_batches) - 1
+        with nullcontext() if is_last else engine.no_gradient_sync():
+            loss = losses_per_sequence(engine, tokens).mean()
+            (loss / len(micro_batches)).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def losses_per_sequence(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of every sequence, in nats a byte."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    with engine.precision():
+        logits = engine.model(input_ids=inputs).logits
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view_as(targets).mean(dim=1)
+
+
+def clip(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """Clip the raw gradients, before any optimizer sees them; returns their norm over all ranks."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, environment: Environment, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Mean loss over the held-out sequences, every rank taking its share of them."""
+    engine.model.eval()
+    loss, weight = torch.zeros(2, dtype=torch.float64, device=environment.device)
+    for tokens, weights in batches:
+        loss += (losses_per_sequence(engine, tokens) * weights).sum()
+        weight += weights.sum()
+    engine.model.train()
+    return environment.sum(loss) / environment.sum(weight)
+
+
+def write_result(config: TrainConfig, environment: Environment, facts: dict[str, Any]) -> None:
+    """result.json: what the run was, where it ran and what came of it; `summary.py` compares these."""
+    on_cuda = environment.device.type == "cuda"
+    result = {
+        **facts,
+        "config": dataclasses.asdict(config),
+        "world_size": environment.world_size,
+        "device": torch.cuda.get_device_name(environment.device) if on_cuda else "cpu",
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "muon_dist", "transformers")},
+    }
+    (config.out / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")

@@ -1,0 +1,106 @@
+"""The AdamW part: embeddings, output heads, vectors. torch's own AdamW on this rank's shard, states through the codecs.
+
+The update is element-wise, so shards need no exchange. Quantised states are decoded, updated and encoded a bounded
+number of rows at a time. Source of 8-bit AdamW: Dettmers et al., arXiv 2110.02861; its second moment needs the
+dynamic map, since a linear one rounds small values to zero and the update divides by them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from muon_dist.codecs import Codec
+from muon_dist.codecs.full import Full
+from muon_dist.sharding import local, local_gradient
+from muon_dist.state import StoredTensor
+
+# Elements decoded at a time: bounds the fp32 temporaries at three times 64 MiB for any embedding.
+_SLICE_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class AdamWParameter:
+    """One parameter of the AdamW part on this rank."""
+
+    name: str
+    parameter: Tensor
+    group: dict[str, Any]
+    state: dict[str, Any]
+    exp_avg: StoredTensor
+    exp_avg_sq: StoredTensor
+
+    def create_state(self) -> None:
+        """Adds what is missing to the parameter's state; ``step`` on its device, as fused AdamW wants it."""
+        if "step" not in self.state:
+            self.state["step"] = torch.zeros((), dtype=torch.float32, device=self.exp_avg.device)
+        self.exp_avg.create(self.state)
+        self.exp_avg_sq.create(self.state)
+
+    def update(self) -> None:
+        """One AdamW step; nothing where there is no gradient or no element."""
+        gradient = local_gradient(self.parameter, self.name)
+        weight = local(self.parameter)
+        if gradient is None or weight.numel() == 0:
+            return
+        first, second = self.exp_avg.buffers(self.state), self.exp_avg_sq.buffers(self.state)
+        for rows in _row_slices(weight):
+            m = _Opened(self.exp_avg.codec, first, rows)
+            v = _Opened(self.exp_avg_sq.codec, second, rows)
+            w = _cut(weight, rows)
+            wide = w.float()  # w itself where it is fp32 already
+            adamw(
+                [wide],
+                [_cut(gradient, rows).float()],
+                [m.values],
+                [v.values],
+                [],
+                [self.state["step"].clone()],  # adamw() counts it up, and every slice takes the same step
+                fused=True,
+                amsgrad=False,
+                beta1=self.group["betas"][0],
+                beta2=self.group["betas"][1],
+                lr=self.group["lr"],
+                weight_decay=self.group["weight_decay"],
+                eps=self.group["eps"],
+                maximize=False,
+            )
+            if wide is not w:
+                w.copy_(wide)
+            m.close()
+            v.close()
+        self.state["step"] += 1
+
+
+class _Opened:
+    """Some rows of a stored state as fp32 values that may be written: the buffer itself where it is fp32."""
+
+    def __init__(self, codec: Codec, buffers: Mapping[str, Tensor], rows: slice | None) -> None:
+        self._codec = codec
+        self._buffers = {name: _cut(buffer, rows) for name, buffer in buffers.items()}
+        self._in_place = isinstance(codec, Full) and codec.dtype == torch.float32
+        self.values = self._buffers[""] if self._in_place else codec.decode(self._buffers)
+
+    def close(self) -> None:
+        if not self._in_place:
+            self._codec.encode(self.values, self._buffers)
+
+
+def _row_slices(weight: Tensor) -> Iterator[slice | None]:
+    """Slices of the first dimension of at most about ``_SLICE_ELEMENTS`` elements; None for the whole."""
+    if weight.ndim == 0 or weight.numel() <= _SLICE_ELEMENTS:
+        yield None
+        return
+    height = max(1, _SLICE_ELEMENTS // math.prod(weight.shape[1:]))
+    for start in range(0, weight.shape[0], height):
+        yield slice(start, start + height)
+
+
+def _cut(tensor: Tensor, rows: slice | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]

@@ -1,0 +1,69 @@
+"""What the ranks of a job must agree on, checked where it can be: at the first step, and when parameters change.
+
+A plan is computed by every rank on its own. If the inputs differ the collectives differ and the job hangs; so their
+fingerprints are compared first, and on a difference every rank raises with the first lines that differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_SHOWN = 5
+
+
+def require_same(lines: Sequence[str], group: dist.ProcessGroup) -> None:
+    """Raises ValueError on every rank of ``group`` unless all give the same lines."""
+    digests: list[str | None] = [None] * group.size()
+    dist.all_gather_object(digests, hashlib.sha256("\n".join(lines).encode()).hexdigest(), group=group)
+    if len(set(digests)) == 1:
+        return
+    gathered: list[list[str] | None] = [None] * group.size()
+    dist.all_gather_object(gathered, list(lines), group=group)
+    ranks = dist.get_process_group_ranks(group)
+    reference = gathered[0] or []
+    for rank, theirs in zip(ranks, gathered, strict=True):
+        differences = _differences(reference, theirs or [])
+        if differences:
+            raise ValueError(
+                f"ranks {ranks[0]} and {rank} were given different optimizers; give every rank the same parameters in "
+                f"the same order with the same options:\n" + "\n".join(differences)
+            )
+
+
+def require_finite(
+    gradients: Sequence[tuple[str, Tensor]], groups: Sequence[dist.ProcessGroup], device: torch.device
+) -> None:
+    """Raises FloatingPointError on every rank if any rank's gradients hold a NaN or an infinity, naming whose.
+
+    Costs one synchronisation of host and device, and one small all-reduce a group.
+    """
+    flags = [torch.isfinite(gradient).all() for _, gradient in gradients]
+    bad = torch.zeros((), dtype=torch.int32, device=device)
+    if flags:
+        bad += (~torch.stack(flags).all()).to(torch.int32)
+    for group in groups:
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
+    if not bad.item():
+        return
+    here = [name for (name, _), finite in zip(gradients, flags, strict=True) if not finite]
+    names = set(here)
+    for group in groups:
+        gathered: list[set[str] | None] = [None] * group.size()
+        dist.all_gather_object(gathered, names, group=group)
+        names = names.union(*(found or () for found in gathered))
+    raise FloatingPointError(
+        f"the gradients of {', '.join(sorted(names))} hold NaN or infinity; nothing was updated. Lower the learning "
+        f'rate, clip the gradients, skip the batch, or let them pass with nonfinite="propagate"'
+    )
+
+
+def _differences(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
+    found = [f"  {a!r} != {b!r}" for a, b in zip(ours, theirs, strict=False) if a != b]
+    if len(ours) != len(theirs):
+        found.append(f"  {len(ours)} entries != {len(theirs)} entries")
+    return found[:_SHOWN]

@@ -1,0 +1,319 @@
+"""DistMuon: the optimizer that users see. Groups, state and step; the parts it is made of do the work.
+
+A step, for each set of matrices that live on the same ranks (docs/architecture.md has the picture):
+
+1. accumulate: each rank takes its gradient pieces into its momentum pieces, and packs what is to be orthogonalised.
+2. gather: an uneven all-to-all brings the pieces of each matrix to its owner; every matrix has one owner in the whole
+    job.
+3. polar: owners orthogonalise whole matrices, batched by shape.
+4. scatter, apply: an all-to-all brings the updates back to where the parameters are.
+
+Chunks of matrices pass through these phases as a pipeline. Everything else trains with AdamW, element-wise on its
+shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from muon_dist.agreement import require_finite, require_same
+from muon_dist.binding import Binding, bind, named, signature
+from muon_dist.grouping import Grouping
+from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
+from muon_dist.muon import MuonParameter, MuonWork
+from muon_dist.options import (
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_CHUNK_BYTES,
+    AdamWState,
+    Algorithm,
+    MomentumState,
+    Nonfinite,
+    Options,
+    Polar,
+    PolarForm,
+    UpdateScale,
+    Wire,
+)
+from muon_dist.pipeline import Pipeline
+from muon_dist.plan import Plan, make_plan
+from muon_dist.polar import schedule
+from muon_dist.sharding import local, local_gradient
+from muon_dist.wire import wire_format
+
+
+class DistMuon(torch.optim.Optimizer):
+    """Muon with sharded, quantised momentum; AdamW for what is no hidden matrix.
+
+    Meshes and placements are read from the parameters: DTensors of FSDP2 and HSDP as they are, plain tensors as
+    replicas of each other on all ranks of ``process_group`` (DDP), or as the only copy in a single process.
+
+    Args:
+        params: ``model.named_parameters()`` (best: names tell embeddings and heads from matrices),
+            ``model.parameters()``, or groups. A group may have ``algorithm="muon" | "adamw"``; one without is split
+            by the rules of :mod:`muon_dist.grouping`.
+        lr: learning rate of the Muon part.
+        momentum: decay of the momentum's moving average.
+        nesterov: orthogonalise the Nesterov look-ahead instead of the momentum itself.
+        weight_decay: decoupled, times ``lr``.
+        update_scale: factor on the orthogonal update of [rows, cols]. "spectral": sqrt(max(1, rows / cols)), learning
+            rates about 0.02; "match_rms_adamw": 0.2 sqrt(max(rows, cols)), AdamW's learning rates; "none".
+        momentum_state: how the momentum is stored: "fp32", "bf16", "linear8", "dynamic8".
+        block_size: elements of a row that share a scale in the 8-bit states.
+        polar: coefficients of the Newton-Schulz iteration: "polar_express", "jordan", "cans", "jiacheng".
+        polar_steps: iterations.
+        polar_form: "standard", "gram", or "auto" by shape.
+        polar_dtype: arithmetic of the iteration; by default fp16 on accelerators and fp32 on CPU.
+        wire: how matrices travel to their owners and back: "fp32", "bf16", "int8".
+        chunk_bytes: bound on each of the exchange's buffers on a rank (there are four, or two in a single process). A
+            matrix that is larger travels alone.
+        adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: of the AdamW part.
+        adamw_state: how both of its moments are stored: "fp32" or "dynamic8" (parameters below 4096 elements and
+            vectors stay in fp32).
+        overrides: ``{name pattern: "muon" | "adamw"}``, before the rules.
+        nonfinite: what NaN or infinite gradients do: "propagate" as in torch's optimizers, or "raise" on every rank
+            before anything is changed, at the price of a synchronisation a step.
+        process_group: ranks that hold plain tensors as replicas; the default group where torch.distributed is
+            initialised.
+
+    Raises:
+        ValueError, TypeError: an option or a parameter that cannot be; the message names it and the fix.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 2e-2,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.1,
+        update_scale: UpdateScale = "spectral",
+        *,
+        momentum_state: MomentumState = "linear8",
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        polar: Polar = "polar_express",
+        polar_steps: int = 5,
+        polar_form: PolarForm = "auto",
+        polar_dtype: torch.dtype | None = None,
+        wire: Wire = "bf16",
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        adamw_lr: float = 3e-4,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
+        adamw_state: AdamWState = "fp32",
+        overrides: Mapping[str, Algorithm] | None = None,
+        nonfinite: Nonfinite = "propagate",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._options = Options(
+            momentum_state=momentum_state,
+            block_size=block_size,
+            polar=polar,
+            polar_steps=polar_steps,
+            polar_form=polar_form,
+            polar_dtype=polar_dtype,
+            wire=wire,
+            chunk_bytes=chunk_bytes,
+            adamw_state=adamw_state,
+            nonfinite=nonfinite,
+        )
+        self._schedule = schedule(polar, polar_steps)
+        self._wire = wire_format(wire)
+        self._overrides = overrides
+        self._process_group = process_group
+        self._grouping = Grouping()
+        muon = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "update_scale": update_scale,
+            "betas": tuple(adamw_betas),
+            "eps": adamw_eps,
+        }
+        self._defaults = Defaults(muon, {**muon, "lr": adamw_lr, "weight_decay": adamw_weight_decay})
+        self._binding: Binding | None = None
+        self._connected: Binding | None = None
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._pipelines: list[tuple[Pipeline, MuonWork]] = []
+        super().__init__(params, muon)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, split by algorithm where it does not say one."""
+        resolved, grouping = resolve_group(param_group, self._defaults, self._overrides)
+        present = {id(p): name for name, p, _ in named(self.param_groups)}
+        for assignment in grouping:
+            if id(assignment.parameter) in present:
+                raise ValueError(
+                    f"{assignment.name} is the same tensor as {present[id(assignment.parameter)]} of another group; "
+                    f"give each parameter once"
+                )
+        for group in resolved:
+            super().add_param_group(group)
+        self._grouping.extend(grouping)
+
+    def grouping(self) -> Grouping:
+        """Which parameter goes where, and why; ``print`` it for a table."""
+        return self._grouping
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of the last step: owners, chunks and loads, one for each set of ranks."""
+        return [pipeline.plan for pipeline, _ in self._pipelines]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all parameters with a gradient. Issues collectives: call it on every rank."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        binding = self._bind()
+        self._connect(binding)
+        if self._options.nonfinite == "raise":
+            self._require_finite(binding)
+        pending = [self._update_adamw] if binding.adamw else []
+        for pipeline, work in self._pipelines:
+            # AdamW's update needs no exchange: it fills the time while the first chunk travels.
+            pipeline.run(work, meanwhile=pending.pop() if pending else _nothing)
+        for update in pending:
+            update()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's; complete from the start, since checkpoints are loaded into what exists."""
+        self._bind()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of the same codec and layout, dtypes as they were saved: the base class would cast codes to the
+        parameters' dtype.
+
+        Raises:
+            ValueError: the state was saved with other codecs, shapes or algorithms; nothing is changed.
+        """
+        binding = self._bind()
+        saved = state_dict["state"]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        ours = list(named(self.param_groups))
+        if len(keys) != len(ours):
+            raise ValueError(f"the saved state has {len(keys)} parameters, the optimizer {len(ours)}")
+        for key, (name, parameter, _) in zip(keys, ours, strict=True):
+            _require_matching(name, saved.get(key, {}), self.state.get(parameter, {}))
+        for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if theirs.get("algorithm", group["algorithm"]) != group["algorithm"]:
+                raise ValueError(f"a group of {group['algorithm']} was saved as one of {theirs['algorithm']}")
+        scalars = {
+            key: {k: v for k, v in entries.items() if not isinstance(v, Tensor)} for key, entries in saved.items()
+        }
+        super().load_state_dict({**state_dict, "state": scalars})
+        for key, (_, parameter, _) in zip(keys, ours, strict=True):
+            for k, v in saved.get(key, {}).items():
+                if isinstance(v, Tensor):
+                    self.state[parameter][k] = v.to(local(parameter).device)
+        for group in self.param_groups:
+            for option in GROUP_OPTIONS:
+                group.setdefault(option, self._defaults.muon[option])
+        # The base class put new dictionaries in place of those that the binding refers to.
+        self._binding = None
+        del binding
+
+    def _bind(self) -> Binding:
+        """The binding to the parameters as they are now. Local."""
+        if self._binding is None or self._binding.signature != signature(self.param_groups):
+            group = self._process_group
+            if group is None and dist.is_available() and dist.is_initialized():
+                group = dist.group.WORLD
+            self._binding = bind(self.param_groups, self.state, self._options, group)
+            present = {id(p) for _, p, _ in named(self.param_groups)}
+            for orphan in [p for p in self.state if id(p) not in present]:
+                del self.state[orphan]
+        return self._binding
+
+    def _connect(self, binding: Binding) -> None:
+        """Process groups, agreement, plans and pipelines of a binding. Collective, once for each binding."""
+        if self._connected is binding:
+            return
+        domains: dict[tuple[int, ...], list[MuonParameter]] = {home.ranks: [] for home in binding.homes.values()}
+        for p in binding.muon:
+            domains[binding.homes[id(p.parameter)].ranks].append(p)
+        self._pipelines = []
+        # Every rank takes the sets of ranks that it belongs to in the same order.
+        for ranks, parameters in sorted(domains.items(), key=lambda item: item[0]):
+            group = self._group_of(ranks)
+            if group is not None:
+                require_same(self._describe(binding, ranks), group)
+            if parameters:
+                plan = make_plan([p.matrix for p in parameters], len(ranks), self._wire, self._options.chunk_bytes)
+                work = MuonWork(parameters, self._schedule, self._options.polar_form, self._options.polar_dtype)
+                device = _common_device(parameters)
+                self._pipelines.append((Pipeline(plan, self._wire, group, device), work))
+        self._connected = binding
+
+    def _group_of(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The optimizer's own process group of ``ranks``, so that its collectives never queue behind the engine's."""
+        if len(ranks) == 1:
+            return None
+        if ranks not in self._groups:
+            self._groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+        return self._groups[ranks]
+
+    def _describe(self, binding: Binding, ranks: tuple[int, ...]) -> list[str]:
+        """What all of ``ranks`` must have alike: options, and parameters with their layouts and groups."""
+        lines = [repr(self._options)]
+        for name, p, group in named(self.param_groups):
+            home = binding.homes.get(id(p))
+            if home is not None and home.ranks == ranks:
+                options = {key: group[key] for key in ("algorithm", *GROUP_OPTIONS)}
+                lines.append(f"{name} {tuple(p.shape)} {p.dtype} {home.mesh_shape} {home.placements} {options}")
+        return lines
+
+    def _update_adamw(self) -> None:
+        for p in self._bind().adamw:
+            p.update()
+
+    def _require_finite(self, binding: Binding) -> None:
+        gradients = [
+            (name, gradient)
+            for name, p in binding.named_parameters()
+            if (gradient := local_gradient(p, name)) is not None and gradient.numel()
+        ]
+        groups = [g for ranks in sorted({h.ranks for h in binding.homes.values()}) if (g := self._group_of(ranks))]
+        device = next((p.device for _, p in binding.named_parameters()), torch.device("cpu"))
+        require_finite(gradients, groups, device)
+
+
+def _common_device(parameters: Iterable[MuonParameter]) -> torch.device:
+    devices = {p.parameter.device: p.matrix.name for p in parameters}
+    if len(devices) > 1:
+        raise ValueError(f"matrices lie on several devices of one rank: {devices}; move them to one")
+    return next(iter(devices))
+
+
+def _require_matching(name: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a parameter's saved state fits the one that the optimizer would have made."""
+    if not saved:
+        return
+    if saved.keys() != ours.keys():
+        raise ValueError(
+            f"{name}: the saved state has {sorted(saved)}, the optimizer keeps {sorted(ours)}; construct it with the "
+            f"momentum_state and adamw_state that the state was saved with"
+        )
+    for key, value in ours.items():
+        theirs = saved[key]
+        if isinstance(value, Tensor) and (theirs.shape != value.shape or theirs.dtype != value.dtype):
+            raise ValueError(
+                f"{name}: the saved {key} is {theirs.dtype} {tuple(theirs.shape)}, expected {value.dtype} "
+                f"{tuple(value.shape)}; construct the optimizer with the block_size and layout that it was saved with"
+            )
+
+
+def _nothing() -> None:
+    pass

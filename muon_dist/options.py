@@ -1,0 +1,58 @@
+"""The options that hold for the whole optimizer, checked when they are given; and the names that options take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+Algorithm = Literal["muon", "adamw"]
+MomentumState = Literal["fp32", "bf16", "linear8", "dynamic8"]
+AdamWState = Literal["fp32", "dynamic8"]
+Polar = Literal["jordan", "polar_express", "cans", "jiacheng"]
+PolarForm = Literal["auto", "standard", "gram"]
+UpdateScale = Literal["match_rms_adamw", "spectral", "none"]
+Wire = Literal["fp32", "bf16", "int8"]
+Nonfinite = Literal["propagate", "raise"]
+
+# A block of 128 with a bf16 scale costs 1.016 bytes an element. benchmarks/README.md has the measurements behind it.
+DEFAULT_BLOCK_SIZE = 128
+DEFAULT_CHUNK_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What cannot differ between parameter groups; :class:`muon_dist.optimizer.DistMuon` explains each.
+
+    Raises:
+        ValueError: an option has a value that it cannot take; the message names the ones it can.
+    """
+
+    momentum_state: MomentumState = "linear8"
+    block_size: int = DEFAULT_BLOCK_SIZE
+    polar: Polar = "polar_express"
+    polar_steps: int = 5
+    polar_form: PolarForm = "auto"
+    polar_dtype: torch.dtype | None = None
+    wire: Wire = "bf16"
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    adamw_state: AdamWState = "fp32"
+    nonfinite: Nonfinite = "propagate"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if get_origin(hints[field.name]) is Literal:
+                require_one_of(field.name, value, get_args(hints[field.name]))
+            elif hints[field.name] is int and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field.name}={value!r}: it must be a positive integer")
+        if self.polar_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"polar_dtype={self.polar_dtype}: it must be torch.float32, bfloat16 or float16")
+
+
+def require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless ``value`` is one of the names that the option ``name`` can take."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,109 @@
+"""The overlapped loop over chunks: while one is orthogonalised, the next and the last one travel.
+
+    side stream     accumulate 1 | gather 1 ~~> ............... apply 0 | accumulate 2 | gather 2 ~~> ...
+    current stream  ........ polar 0 ........| scatter 0 ~~> ........ polar 1 ........ | scatter 1 ~~> ...
+
+Two slots of buffers, used in turn, bound the memory for any number of chunks; they live for one step only, so that
+the forward and backward passes can use the memory. Collectives go out asynchronously in the same order on all ranks,
+each ordered behind the stream that packed its buffer. Nothing here waits on the host, except with gloo on CPU, where
+waiting for a collective is waiting on the host: there the way to the owners is hidden and the way back is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from muon_dist.exchange import Exchange, new_buffers
+from muon_dist.layout import Rect
+from muon_dist.plan import Plan
+from muon_dist.wire import WireFormat
+
+_SLOTS = 2
+
+
+class _Waitable(Protocol):
+    """A collective or an event: the stream in use waits for it."""
+
+    def wait(self) -> object: ...
+
+
+class MatrixWork(Protocol):
+    """What is done to matrices; the loop says when. Matrices are known by their positions in the plan."""
+
+    def accumulate(self, matrix: int, rect: Rect) -> Tensor:
+        """Takes this rank's gradient into its momentum and returns what is to be orthogonalised, of one piece."""
+
+    def polar(self, matrices: Tensor) -> Tensor:
+        """Polar factors of ``[n, rows, cols]``."""
+
+    def apply(self, matrix: int, rect: Rect, update: Tensor) -> None:
+        """Updates this rank's piece of the parameter."""
+
+
+class Pipeline:
+    """Runs one plan, step after step."""
+
+    def __init__(self, plan: Plan, wire: WireFormat, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.plan = plan
+        self._group = group
+        self._device = device
+        self._exchanges = [Exchange(chunk, wire, group) for chunk in plan.chunks]
+        self._streams = torch.get_device_module(device)
+        self._side = self._streams.Stream() if device.type == "cpu" else self._streams.Stream(device=device)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers of both slots."""
+        if not self._exchanges:
+            return 0
+        holder = max(e.holder_bytes for e in self._exchanges)
+        owner = max(e.owner_bytes for e in self._exchanges) if self._group is not None else 0
+        return min(_SLOTS, len(self._exchanges)) * (holder + owner)
+
+    def run(self, work: MatrixWork, meanwhile: Callable[[], None]) -> None:
+        """One step of all matrices. ``meanwhile`` runs while the first chunk is on its way."""
+        if not self._exchanges:
+            meanwhile()
+            return
+        current = self._streams.current_stream(self._device)
+        slots = [
+            new_buffers(self._exchanges, self._group, self._device) for _ in range(min(_SLOTS, len(self._exchanges)))
+        ]
+        self._side.wait_stream(current)
+        arriving = self._gather(0, work, slots)
+        meanwhile()
+        for k, exchange in enumerate(self._exchanges):
+            arrived = arriving
+            if k + 1 < len(self._exchanges):
+                arriving = self._gather(k + 1, work, slots)
+            holder, owner = slots[k % _SLOTS]
+            arrived.wait()
+            with record_function("muon_dist.polar"):
+                stacks = [work.polar(stack) for stack in exchange.unpack_owned(owner)]
+                exchange.pack_updates(stacks, owner)
+            returning = self._departed(exchange.send_back(owner, holder))
+            with self._streams.stream(self._side), record_function("muon_dist.apply"):
+                returning.wait()
+                exchange.unpack_wanted(holder, work.apply)
+        current.wait_stream(self._side)
+
+    def _gather(self, k: int, work: MatrixWork, slots: list[tuple[Tensor, Tensor]]) -> _Waitable:
+        """Accumulates and sends off chunk ``k``, on the side stream, behind the apply that last used its slot."""
+        holder, owner = slots[k % _SLOTS]
+        with self._streams.stream(self._side), record_function("muon_dist.accumulate"):
+            self._exchanges[k].pack_held(work.accumulate, holder)
+            return self._departed(self._exchanges[k].send_to_owners(holder, owner))
+
+    def _departed(self, collective: dist.Work | None) -> _Waitable:
+        """What to wait for: the collective, or what the stream in use has done so far where nothing travels."""
+        if collective is not None:
+            return collective
+        event = self._streams.Event()
+        event.record(self._streams.current_stream(self._device))
+        return cast(_Waitable, event)

@@ -1,0 +1,93 @@
+"""The polar factor by Newton-Schulz: batched, in the standard and in the Gram form. Plain torch.
+
+For M = U S V^T the polar factor is U V^T: M with all its singular values set to one. Both forms apply the same odd
+polynomials to the singular values; they differ in what they multiply. With s <= l the sides of the matrix:
+
+- standard form: each iteration multiplies the whole [s, l] matrix; 4 s^2 l + 2 s^3 FLOPs an iteration.
+- Gram form: iterates on the [s, s] Gram matrix and multiplies the whole matrix only once before the restart and once
+  at the end; cheaper from about l = 2 s on. Source: Gram Newton-Schulz,
+  https://github.com/Dao-AILab/gram-newton-schulz.
+
+The Gram form loses the small singular values to cancellation, since squaring them in the Gram matrix halves their
+digits. Forming the Gram matrix anew after the second iteration, when they have grown by about 30, brings them back;
+and fp16, with three bits more of mantissa than bf16 and all values at most about 1, is its type of choice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from muon_dist.options import PolarForm
+from muon_dist.polar.coefficients import Schedule, Triple
+
+# From this ratio of the sides on, the Gram form needs fewer FLOPs.
+GRAM_FROM_ASPECT = 2.0
+# The Gram matrix is formed anew after this many iterations.
+RESTART_AFTER = 2
+# Matrices with a Frobenius norm below this are treated as zero: their polar factor is returned as about zero.
+SMALLEST_NORM = 1e-30
+
+
+def polar_factor(
+    matrices: Tensor, schedule: Schedule, *, form: PolarForm = "auto", dtype: torch.dtype | None = None
+) -> Tensor:
+    """Approximate polar factors of a batch of matrices.
+
+    Args:
+        matrices: ``[..., rows, cols]``, floating point. Zero matrices give zero. Not modified.
+        schedule: iterations to run, see :func:`muon_dist.polar.coefficients.schedule`.
+        form: "standard", "gram", or "auto": whichever needs fewer FLOPs for this shape.
+        dtype: arithmetic of the iteration; by default fp16 on accelerators and fp32 on CPU, where half-precision
+            products are about a hundred times slower.
+
+    Returns:
+        ``[..., rows, cols]`` in ``dtype``.
+    """
+    if dtype is None:
+        dtype = torch.float32 if matrices.device.type == "cpu" else torch.float16
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = matrices.mT if tall else matrices
+    batch = wide.reshape(-1, *wide.shape[-2:])  # [n, s, l], s <= l
+    # The norm in fp64: squares of elements below 1e-23 are zero in fp32.
+    norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=torch.float64).clamp_(min=SMALLEST_NORM)
+    x = (batch * (schedule.margin * norm).reciprocal_().float()).to(dtype)
+    if form == "auto":
+        form = "gram" if x.shape[-1] >= GRAM_FROM_ASPECT * x.shape[-2] else "standard"
+    iterate = _gram_form if form == "gram" else _standard_form
+    factor = iterate(x, schedule.coefficients).view(wide.shape)
+    return factor.mT if tall else factor
+
+
+def _standard_form(x: Tensor, coefficients: tuple[Triple, ...]) -> Tensor:
+    """X <- a X + (b A + c A^2) X with A = X X^T, once for each triple. ``x`` is ``[n, s, l]``."""
+    for a, b, c in coefficients:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _gram_form(x: Tensor, coefficients: tuple[Triple, ...]) -> Tensor:
+    """The same map as :func:`_standard_form`, collected in Q: the result is Q X. P = a I + b R + c R^2.
+
+    Q, P and the Gram matrix R are polynomials of the same symmetric matrix: they commute and stay symmetric.
+    """
+    for segment in (coefficients[:RESTART_AFTER], coefficients[RESTART_AFTER:]):
+        if not segment:
+            continue
+        r = torch.bmm(x, x.mT)
+        q = p = _iteration(r, segment[0])
+        for triple in segment[1:]:
+            r = torch.bmm(torch.bmm(p, r), p)
+            p = _iteration(r, triple)
+            q = torch.bmm(q, p)
+        x = torch.bmm(q, x)
+    return x
+
+
+def _iteration(gram: Tensor, triple: Triple) -> Tensor:
+    """a I + b R + c R^2 for Gram matrices R, ``[n, s, s]``."""
+    a, b, c = triple
+    p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    p.diagonal(dim1=-2, dim2=-1).add_(a)
+    return p

@@ -1,0 +1,198 @@
+"""Reads from a parameter where it lives: mesh and placements become pieces, local state becomes DTensors again.
+
+No engine is named here: FSDP2 and HSDP give DTensors, DDP and a single process give plain tensors, and a plain tensor
+is one that every rank of the group holds whole. The geometry is computed from the placements by our own code, never
+by DTensor
+redistribution: torch's helpers are private, changed between releases, and are wrong for uneven strided shards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from muon_dist.layout import Geometry, Piece, Rect, aligned_block, chunk_range
+
+Placements: TypeAlias = tuple[Placement, ...]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` that lies on this rank.
+
+    Reads the attribute rather than ``to_local()``, which costs 12 us a call on torch 2.13 and is called for every
+    parameter and gradient of every step.
+    """
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a tensor lives: the ranks of its mesh, how they are arranged, and its placements on them.
+
+    Attributes:
+        ranks: global ranks of the mesh, ascending: the process group that exchanges its matrices.
+        mesh_shape: sizes of the mesh's dimensions.
+        coordinates: the mesh coordinate of each entry of ``ranks``.
+        placements: one placement a mesh dimension; Shard, Replicate or FSDP2's strided shard.
+    """
+
+    ranks: tuple[int, ...]
+    mesh_shape: tuple[int, ...]
+    coordinates: tuple[tuple[int, ...], ...]
+    placements: Placements
+
+    @property
+    def momentum_placements(self) -> Placements:
+        """Placements of the momentum: the parameter's, but where the parameter is replicated and a tensor dimension is
+        still whole, the momentum is sharded over it, so that replicas share the state instead of repeating it.
+
+        Rows are taken first (DDP), columns when rows are already sharded (HSDP): each mesh dimension shards its own
+        tensor dimension, which DTensor and its checkpoints handle at any size.
+        """
+        free = [dim for dim in (0, 1) if not any(p.is_shard(dim) for p in self.placements)]
+        chosen: list[Placement] = []
+        for size, placement in zip(self.mesh_shape, self.placements, strict=True):
+            shareable = placement.is_replicate() and size > 1 and free
+            chosen.append(Shard(free.pop(0)) if shareable else placement)
+        return tuple(chosen)
+
+    def local_shape(self, shape: Sequence[int], placements: Placements, rank: int) -> tuple[int, ...]:
+        """Shape of the part of a tensor that lies on ``ranks[rank]`` under ``placements``."""
+        return tuple(size for _, size in local_extent(shape, self.mesh_shape, self.coordinates[rank], placements))
+
+
+def home_of(parameter: Tensor, group_ranks: Sequence[int]) -> Home:
+    """Where ``parameter`` lives. A plain tensor counts as replicated over ``group_ranks`` (ascending global ranks)."""
+    if isinstance(parameter, DTensor):
+        return _mesh_home(parameter.device_mesh, tuple(parameter.placements))
+    ranks = tuple(group_ranks)
+    return Home(ranks, (len(ranks),), tuple((i,) for i in range(len(ranks))), (Replicate(),))
+
+
+@lru_cache(maxsize=256)
+def _mesh_home(mesh: DeviceMesh, placements: Placements) -> Home:
+    by_rank = {
+        int(rank): tuple(int(i) for i in where)
+        for where in torch.cartesian_prod(*(torch.arange(n) for n in mesh.shape)).reshape(-1, mesh.ndim).tolist()
+        for rank in [mesh.mesh[tuple(where)].item()]
+    }
+    ranks = tuple(sorted(by_rank))
+    return Home(ranks, tuple(mesh.shape), tuple(by_rank[rank] for rank in ranks), placements)
+
+
+@lru_cache(maxsize=4096)
+def geometry_of(rows: int, cols: int, home: Home) -> Geometry:
+    """Pieces of a ``[rows, cols]`` matrix over the ranks of ``home``; cached, since layers repeat."""
+
+    def pieces(placements: Placements) -> tuple[Piece, ...]:
+        rects = [rect_of(rows, cols, home, placements, rank) for rank in range(len(home.ranks))]
+        return tuple(Piece(rank, rect) for rank, rect in enumerate(rects) if rect.numel)
+
+    return Geometry(rows, cols, pieces(home.momentum_placements), pieces(home.placements))
+
+
+def rect_of(rows: int, cols: int, home: Home, placements: Placements, rank: int) -> Rect:
+    """The rectangle of a ``[rows, cols]`` tensor that lies on ``home.ranks[rank]`` under ``placements``."""
+    (row, height), (col, width) = local_extent((rows, cols), home.mesh_shape, home.coordinates[rank], placements)
+    return Rect(row, col, height, width)
+
+
+@lru_cache(maxsize=4096)
+def block_of(shape: tuple[int, ...], home: Home, placements: Placements, block_size: int) -> int:
+    """Block length for a state of ``shape`` so that no block of its last dimension crosses a cut between ranks."""
+    extents = (local_extent(shape, home.mesh_shape, where, placements)[-1] for where in home.coordinates)
+    return aligned_block(shape[-1], sorted({start for start, length in extents if length}), block_size)
+
+
+def local_extent(
+    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Placements
+) -> list[tuple[int, int]]:
+    """Offset and size in each dimension of the shard at one mesh coordinate.
+
+    Mesh dimensions that shard the same tensor dimension cut it one after the other, left to right; a strided shard cuts
+    after all of those to its right (FSDP2 over tensor parallelism).
+
+    Raises:
+        NotImplementedError: a strided shard with a split factor that FSDP2 would not give.
+    """
+    extent = [(0, size) for size in shape]
+    for dim in range(len(shape)):
+        cutting = [i for i, p in enumerate(placements) if _shards(p, dim, len(shape))]
+        strided = [i for i in cutting if isinstance(placements[i], _StridedShard)]
+        for i in strided:
+            factor = math.prod(mesh_shape[j] for j in cutting if j > i)
+            if getattr(placements[i], "split_factor", None) != factor:
+                raise NotImplementedError(
+                    f"{placements[i]} on mesh {tuple(mesh_shape)}: expected split factor {factor}"
+                )
+        for i in [i for i in cutting if i not in strided] + strided[::-1]:
+            offset, size = extent[dim]
+            start, length = chunk_range(size, mesh_shape[i], coordinate[i])
+            extent[dim] = (offset + start, length)
+    return extent
+
+
+def _shards(placement: Placement, dim: int, ndim: int) -> bool:
+    return isinstance(placement, Shard | _StridedShard) and placement.dim % ndim == dim
+
+
+def unsupported_placement(parameter: Tensor) -> str | None:
+    """Why the optimizer cannot read this parameter's layout, or None."""
+    if not isinstance(parameter, DTensor):
+        return None
+    mesh = parameter.device_mesh
+    if mesh.get_coordinate() is None:
+        return f"rank {dist.get_rank()} is not in its mesh {mesh}; give the optimizer only parameters of its own meshes"
+    for placement in parameter.placements:
+        if isinstance(placement, Partial) or not isinstance(placement, Shard | _StridedShard | Replicate):
+            return f"its placement is {placement}; only Shard and Replicate can be stored and updated"
+    left = _mesh_home(mesh, tuple(parameter.placements)).momentum_placements
+    if any(p.is_replicate() and size > 1 for p, size in zip(left, mesh.shape, strict=True)) and parameter.ndim == 2:
+        return (
+            f"it is sharded in both dimensions and replicated besides ({parameter.placements}), which is not supported"
+        )
+    if parameter.device.type != mesh.device_type:
+        return (
+            f"it lies on {parameter.device.type} but its mesh is of {mesh.device_type} devices (CPU offload); "
+            f"the exchange needs it there: leave out the CPU offload policy"
+        )
+    return None
+
+
+def local_gradient(parameter: Tensor, name: str) -> Tensor | None:
+    """This rank's part of ``parameter.grad``, laid out as the parameter's own; None where there is no gradient.
+
+    Raises:
+        ValueError: the gradient is sparse, or lies on another mesh than the parameter.
+    """
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    if gradient.is_sparse:
+        raise ValueError(f"{name} has a sparse gradient; build its module with sparse=False")
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        if gradient.device_mesh != parameter.device_mesh:
+            raise ValueError(f"{name} lies on {parameter.device_mesh} but its gradient on {gradient.device_mesh}")
+        # Sequence parallelism leaves the gradients of replicated parameters as partial sums.
+        gradient = gradient.redistribute(placements=parameter.placements)
+    part = local(gradient)
+    return part.wait() if isinstance(part, AsyncCollectiveTensor) else part
+
+
+def wrap_local(piece: Tensor, shape: Sequence[int], mesh: DeviceMesh | None, placements: Placements) -> Tensor:
+    """``piece`` as this rank's part of a DTensor of global ``shape``, so that checkpoints can reshard it."""
+    if mesh is None:
+        return piece
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides))

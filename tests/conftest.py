@@ -1,0 +1,9 @@
+"""Tests run on CPU with one thread a process, so that results are the same bits on any number of ranks."""
+
+from __future__ import annotations
+
+import torch
+
+import tests.ranks  # noqa: F401 - imports what forked ranks need, before the first fork
+
+torch.set_num_threads(1)

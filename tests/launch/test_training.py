@@ -1,0 +1,86 @@
+"""Whole runs: every engine trains alike, and a resumed run is the run that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Launch
+
+from muon_dist.launch.metrics import read_records
+
+STEPS = 6
+OPTIMIZER = "dist_muon"
+
+
+@pytest.fixture(scope="module")
+def fsdp2_run(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "fsdp2"
+    options = f"--engine fsdp2 --optimizer {OPTIMIZER} --steps {STEPS} --checkpoint-every 2 --eval-every 3"
+    launch(out, *options.split(), ranks=2)
+    return out
+
+
+def losses(run: Path, kind: str) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_records(run / "metrics.jsonl") if record["kind"] == kind}
+
+
+def result(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "result.json").read_text())
+    return content
+
+
+def test_a_run_leaves_its_records(fsdp2_run: Path) -> None:
+    train = losses(fsdp2_run, "train")
+    assert list(train) == list(range(1, STEPS + 1))
+    assert train[STEPS] < train[1]
+    assert list(losses(fsdp2_run, "eval")) == [3, 6]
+    assert sorted(path.name for path in (fsdp2_run / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (2, 4, 6)
+    ]
+    assert list((fsdp2_run / "tensorboard").iterdir())
+    assert result(fsdp2_run)["world_size"] == 2
+    assert result(fsdp2_run)["validation_loss"] == losses(fsdp2_run, "eval")[STEPS]
+
+
+def test_resumed_equals_uninterrupted(launch: Launch, fsdp2_run: Path, tmp_path: Path) -> None:
+    """As if killed after step 5, in the middle of writing a checkpoint and a record."""
+    resumed = tmp_path / "resumed"
+    shutil.copytree(fsdp2_run, resumed)
+    (resumed / "checkpoints" / "step-00000006").rename(resumed / "checkpoints" / "step-00000006.unfinished")
+    records = (resumed / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in records if json.loads(line)["step"] <= 5]
+    (resumed / "metrics.jsonl").write_text("\n".join(kept) + '\n{"kind": "train", "st')
+
+    options = f"--engine fsdp2 --optimizer {OPTIMIZER} --steps {STEPS} --checkpoint-every 2 --eval-every 3 --resume"
+    launch(resumed, *options.split(), ranks=2)
+
+    assert result(resumed)["first_step"] == 5
+    assert losses(resumed, "train") == losses(fsdp2_run, "train")
+    assert losses(resumed, "eval") == losses(fsdp2_run, "eval")
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ("--engine ddp", 2),
+        ("--engine ddp --accumulation-steps 2", 2),
+        ("--engine fsdp2 --accumulation-steps 2 --replicas 2", 2),
+        ("--engine single", 1),
+    ],
+)
+def test_engines_train_alike(options: str, ranks: int, launch: Launch, fsdp2_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    launch(out, *options.split(), *f"--optimizer {OPTIMIZER} --steps {STEPS} --eval-every 3".split(), ranks=ranks)
+    assert losses(out, "train") == pytest.approx(losses(fsdp2_run, "train"), rel=1e-3)
+    assert losses(out, "eval") == pytest.approx(losses(fsdp2_run, "eval"), rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "torch_muon"])
+def test_other_optimizers(optimizer: str, launch: Launch, tmp_path: Path) -> None:
+    launch(tmp_path / "run", "--engine", "single", "--optimizer", optimizer, "--steps", "4", ranks=1)
+    train = losses(tmp_path / "run", "train")
+    assert train[4] < train[1]
