@@ -62,12 +62,20 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     return Environment(rank, world_size, device)
 
 
+def make_cuda_deterministic() -> None:
+    """So that a seed gives one run, and a resumed run is the uninterrupted one, as they are on CPU anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # only costs time
+
+
 @contextmanager
 def process_group(environment: Environment) -> Iterator[None]:
     """The default process group for the length of the block: NCCL on CUDA, gloo on CPU."""
     on_cuda = environment.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(environment.device)
+        make_cuda_deterministic()
     # A job that torchrun didn't start has no address to meet at, and needs none: its store lives in this process.
     dist.init_process_group(
         "nccl" if on_cuda else "gloo",

@@ -56,11 +56,12 @@ def expected_state_bytes(config: TrainConfig, model: nn.Module, world_size: int)
     if config.optimizer == "dist_muon":
         options = Options(momentum_state=config.momentum_state)
         return estimated_state_bytes(assignments, shards=shards, replicas=world_size // shards, options=options)
-    # Torch's optimizers repeat their state on every replica, in fp32.
+    # Torch's optimizers keep fp32 and repeat it on every replica.
     options = Options(momentum_state="fp32")
-    if config.optimizer == "adamw":
-        assignments = [dataclasses.replace(assignment, algorithm="adamw") for assignment in assignments]
-    return estimated_state_bytes(assignments, shards=shards, options=options)
+    if config.optimizer == "torch_muon":
+        return estimated_state_bytes(assignments, shards=shards, options=options)
+    all_adamw = [dataclasses.replace(assignment, algorithm="adamw") for assignment in assignments]
+    return estimated_state_bytes(all_adamw, shards=shards, options=options)
 
 
 def warmup_cosine(optimizers: Sequence[Optimizer], warmup_steps: int, steps: int) -> list[LambdaLR]:

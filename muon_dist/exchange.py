@@ -1,22 +1,33 @@
 """The exchange of one chunk: pack, all-to-all, unpack, towards the owners and back.
 
-Pieces go from the ranks that hold them into whole matrices on their owners, and updates go from the owners to the
-ranks that want them. Both directions are one uneven ``all_to_all_single`` over bytes; the plan says where each piece
+Pieces go from the ranks that hold them into whole matrices on their owners, and updates come back the same way; where
+parameters are replicated, holders then pass their updates on to the ranks that want them, byte for byte, so that
+replicas stay identical. Each of these is one uneven ``all_to_all_single`` over bytes; the plan says where each piece
 lies. Every rank takes part in every collective, also with nothing to send, so a rank without pieces never holds up
 the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from muon_dist.layout import Rect
-from muon_dist.plan import Chunk, Parcel
+from muon_dist.plan import Chunk, Parcel, Side
 from muon_dist.wire import WireFormat
+
+
+class Buffers(NamedTuple):
+    """The memory of a chunk on its way, uint8. Without a group nothing travels, and all are one."""
+
+    held: Tensor
+    owned: Tensor
+    lent: Tensor
+    wanted: Tensor
 
 
 class Exchange:
@@ -32,97 +43,96 @@ class Exchange:
         rank, ranks = (group.rank(), group.size()) if group is not None else (0, 1)
         self._wire = wire
         self._group = group
-        self._gather = chunk.gather(rank, ranks, wire)
-        self._scatter = chunk.scatter(rank, ranks, wire)
-        self.owned = tuple(bundle for bundle in chunk.bundles if bundle.owner == rank)
+        self.owned_bundles = tuple(bundle for bundle in chunk.bundles if bundle.owner == rank)
+        self.replicated = chunk.replicated
+        self.held = chunk.held(rank, ranks, wire)
+        self.owned = chunk.owned(rank, ranks, wire)
+        empty = Side((), (0,) * ranks)
+        self.lent = chunk.lent(rank, ranks, wire) if self.replicated else empty
+        self.wanted = chunk.wanted(rank, ranks, wire) if self.replicated else empty
 
-    @property
-    def holder_bytes(self) -> int:
-        """Bytes of this rank's own pieces, the larger of the two directions: they share a buffer."""
-        return max(sum(self._gather.holder_splits), sum(self._scatter.holder_splits))
-
-    @property
-    def owner_bytes(self) -> int:
-        """Bytes of all pieces of the matrices that this rank owns, the larger of the two directions."""
-        return max(sum(self._gather.owner_splits), sum(self._scatter.owner_splits))
-
-    def pack_held(self, piece_of: Callable[[int, Rect], Tensor], holder: Tensor) -> None:
-        """Fills the holder's buffer with ``piece_of(matrix, rect)``: ``[rect.rows, rect.cols]``, floating point."""
-        for parcel in self._gather.holder:
-            for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, holder), strict=True):
+    def pack_held(self, piece_of: Callable[[int, Rect], Tensor], buffers: Buffers) -> None:
+        """Packs ``piece_of(matrix, rect)``, ``[rect.rows, rect.cols]`` and floating point, of every held piece."""
+        for parcel in self.held.parcels:
+            for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffers.held), strict=True):
                 self._wire.pack(piece_of(matrix, parcel.rect).unsqueeze(0), packed.unsqueeze(0))
 
-    def send_to_owners(self, holder: Tensor, owner: Tensor) -> dist.Work | None:
-        """Starts the collective from the holder's buffer into the owner's."""
-        return self._trade(holder, self._gather.holder_splits, owner, self._gather.owner_splits)
+    def gather(self, buffers: Buffers) -> dist.Work | None:
+        """Starts the way from the holders to the owners."""
+        return self._trade(buffers.held, self.held, buffers.owned, self.owned)
 
-    def unpack_owned(self, owner: Tensor) -> list[Tensor]:
-        """Whole matrices from the owner's buffer: for each owned bundle ``[n, rows, cols]``.
+    def unpack_owned(self, buffers: Buffers) -> list[Tensor]:
+        """Whole matrices: ``[n, rows, cols]`` for each owned bundle.
 
         Tall matrices are laid out as their transposes, the way the polar factor wants them, and returned as views.
         """
-        stacks = []
-        for bundle in self.owned:
-            rows, cols = bundle.geometry.rows, bundle.geometry.cols
-            stack: Tensor | None = None
-            for parcel in self._gather.owner:
-                if parcel.bundle is not bundle:
-                    continue
-                pieces = self._wire.unpack(_rows(parcel, owner), parcel.rect.rows, parcel.rect.cols)
-                if stack is None:
-                    n = len(bundle.matrices)
-                    tall = rows > cols
-                    stack = pieces.new_empty((n, cols, rows)).mT if tall else pieces.new_empty((n, rows, cols))
-                stack[(slice(None), *parcel.rect.slices)] = pieces
-            assert stack is not None, "the planner gives every matrix at least one held piece"
-            stacks.append(stack)
-        return stacks
+        stacks: dict[int, Tensor] = {}
+        for parcel in self.owned.parcels:
+            pieces = self._wire.unpack(_rows(parcel, buffers.owned), parcel.rect.rows, parcel.rect.cols)
+            stack = stacks.get(id(parcel.bundle))
+            if stack is None:
+                n, (rows, cols, _) = len(parcel.bundle.matrices), parcel.bundle.geometry
+                stack = pieces.new_empty((n, cols, rows)).mT if rows > cols else pieces.new_empty((n, rows, cols))
+                stacks[id(parcel.bundle)] = stack
+            stack[(slice(None), *parcel.rect.slices)] = pieces
+        return [stacks[id(bundle)] for bundle in self.owned_bundles]
 
-    def pack_updates(self, stacks: list[Tensor], owner: Tensor) -> None:
-        """Fills the owner's buffer with the updates, ``[n, rows, cols]`` for each owned bundle."""
-        by_bundle = {id(bundle): stack for bundle, stack in zip(self.owned, stacks, strict=True)}
-        for parcel in self._scatter.owner:
-            stack = by_bundle[id(parcel.bundle)]
-            self._wire.pack(stack[(slice(None), *parcel.rect.slices)], _rows(parcel, owner))
+    def pack_owned(self, updates: Sequence[Tensor], buffers: Buffers) -> None:
+        """Packs the updates, ``[n, rows, cols]`` for each owned bundle, piece by piece."""
+        stacks = {id(bundle): update for bundle, update in zip(self.owned_bundles, updates, strict=True)}
+        for parcel in self.owned.parcels:
+            stack = stacks[id(parcel.bundle)]
+            self._wire.pack(stack[(slice(None), *parcel.rect.slices)], _rows(parcel, buffers.owned))
 
-    def send_back(self, owner: Tensor, holder: Tensor) -> dist.Work | None:
-        """Starts the collective from the owner's buffer into the holder's."""
-        return self._trade(owner, self._scatter.owner_splits, holder, self._scatter.holder_splits)
+    def scatter(self, buffers: Buffers) -> dist.Work | None:
+        """Starts the way from the owners back to the holders."""
+        return self._trade(buffers.owned, self.owned, buffers.held, self.held)
 
-    def unpack_wanted(self, holder: Tensor, apply: Callable[[int, Rect, Tensor], None]) -> None:
-        """Calls ``apply(matrix, rect, update)`` for each piece in the holder's buffer."""
-        for parcel in self._scatter.holder:
-            updates = self._wire.unpack(_rows(parcel, holder), parcel.rect.rows, parcel.rect.cols)
+    def spread(self, buffers: Buffers) -> dist.Work | None:
+        """Starts the way from the holders to all replicas; None where there are no others."""
+        if not self.replicated or self._group is None:
+            return None
+        held = {(id(parcel.bundle), parcel.rect): parcel for parcel in self.held.parcels}
+        for parcel in self.lent.parcels:
+            _rows(parcel, buffers.lent).copy_(_rows(held[id(parcel.bundle), parcel.rect], buffers.held))
+        return self._trade(buffers.lent, self.lent, buffers.wanted, self.wanted)
+
+    def unpack_updates(self, apply: Callable[[int, Rect, Tensor], None], buffers: Buffers) -> None:
+        """Calls ``apply(matrix, rect, update)`` for every piece that this rank wants."""
+        spread = self.replicated and self._group is not None
+        side, buffer = (self.wanted, buffers.wanted) if spread else (self.held, buffers.held)
+        for parcel in side.parcels:
+            updates = self._wire.unpack(_rows(parcel, buffer), parcel.rect.rows, parcel.rect.cols)
             for matrix, update in zip(parcel.bundle.matrices, updates, strict=True):
                 apply(matrix, parcel.rect, update)
 
-    def _trade(
-        self, sent: Tensor, sent_splits: tuple[int, ...], received: Tensor, received_splits: tuple[int, ...]
-    ) -> dist.Work | None:
+    def _trade(self, sent: Tensor, sender: Side, received: Tensor, receiver: Side) -> dist.Work | None:
         if self._group is None:
             return None
         work: dist.Work = dist.all_to_all_single(
-            received[: sum(received_splits)],
-            sent[: sum(sent_splits)],
-            list(received_splits),
-            list(sent_splits),
+            received[: receiver.nbytes],
+            sent[: sender.nbytes],
+            list(receiver.splits),
+            list(sender.splits),
             group=self._group,
             async_op=True,
         )
         return work
 
 
+def new_buffers(exchanges: Sequence[Exchange], group: dist.ProcessGroup | None, device: torch.device) -> Buffers:
+    """Buffers that are large enough for any of ``exchanges``."""
+
+    def largest(side: Callable[[Exchange], Side]) -> Tensor:
+        return torch.empty(max(side(exchange).nbytes for exchange in exchanges), dtype=torch.uint8, device=device)
+
+    held = largest(lambda exchange: exchange.held)
+    if group is None:
+        return Buffers(held, held, held, held)
+    return Buffers(held, *(largest(side) for side in (lambda e: e.owned, lambda e: e.lent, lambda e: e.wanted)))
+
+
 def _rows(parcel: Parcel, buffer: Tensor) -> Tensor:
     """The bytes of a parcel as ``[n, nbytes]``, a row a matrix."""
     n = len(parcel.bundle.matrices)
     return buffer[parcel.offset : parcel.offset + n * parcel.nbytes].view(n, parcel.nbytes)
-
-
-def new_buffers(
-    exchanges: list[Exchange], group: dist.ProcessGroup | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """A holder's and an owner's buffer (uint8) for any of ``exchanges``; one and the same without a group."""
-    holder = torch.empty(max(e.holder_bytes for e in exchanges), dtype=torch.uint8, device=device)
-    if group is None:
-        return holder, holder
-    return holder, torch.empty(max(e.owner_bytes for e in exchanges), dtype=torch.uint8, device=device)

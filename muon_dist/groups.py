@@ -46,6 +46,8 @@ def resolve_group(
         ValueError, TypeError: naming the parameter or option, and the fix.
     """
     _require_known_keys(group)
+    for algorithm in (overrides or {}).values():
+        require_one_of("overrides", algorithm, get_args(Algorithm))
     named = _named(group)
     chosen = group.get("algorithm")
     if chosen is None:

@@ -1,14 +1,12 @@
 """Matrices and pieces: which rank holds which rectangle of which matrix. Pure data, no tensors, no process group.
 
-A *matrix* is one 2-D thing to orthogonalise; a *piece* is a rectangle of it on one rank. Two lists say all that the
-rest of the optimizer needs of a layout, whatever engine made it:
+A *matrix* is one 2-D thing to orthogonalise; a *piece* is a rectangle of it whose momentum one rank holds. The pieces
+of a matrix are disjoint and cover it, and each is wanted by the ranks that have this part of the parameter: that says
+all that the rest of the optimizer needs of a layout, whatever engine made it.
 
-- ``held``: the pieces whose momentum a rank keeps. They are disjoint and cover the matrix once over all ranks.
-- ``wanted``: the pieces of the update that a rank applies to its parameter. They cover the matrix once per replica.
-
-Under FSDP2 both lists are the same row blocks. Under DDP a rank holds a slice of the rows and wants them all; under
-HSDP it holds a slice of the columns of its row block and wants the whole block. Ranks are numbered within the process
-group that exchanges the matrix, from 0.
+Under FSDP2 pieces are row blocks, each wanted by its holder alone. Under DDP they are row blocks too, each wanted by
+all ranks. Under HSDP they are slices of the columns of row blocks, each wanted by the replicas of its row block.
+Ranks are numbered within the process group that exchanges the matrix, from 0.
 """
 
 from __future__ import annotations
@@ -42,10 +40,11 @@ class Rect(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A rectangle of a matrix on one rank."""
+    """A rectangle of a matrix: the rank that holds its momentum, and the ranks that apply its update, ascending."""
 
     rank: int
     rect: Rect
+    wanted_by: tuple[int, ...]
 
 
 class Geometry(NamedTuple):
@@ -53,8 +52,12 @@ class Geometry(NamedTuple):
 
     rows: int
     cols: int
-    held: tuple[Piece, ...]
-    wanted: tuple[Piece, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def replicated(self) -> bool:
+        """Whether updates go to more ranks than those that hold the momentum."""
+        return any(piece.wanted_by != (piece.rank,) for piece in self.pieces)
 
 
 @dataclass(frozen=True)

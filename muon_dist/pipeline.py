@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from muon_dist.exchange import Exchange, new_buffers
+from muon_dist.exchange import Buffers, Exchange, new_buffers
 from muon_dist.layout import Rect
 from muon_dist.plan import Plan
 from muon_dist.wire import WireFormat
@@ -47,7 +47,7 @@ class MatrixWork(Protocol):
 
 
 class Pipeline:
-    """Runs one plan, step after step."""
+    """Runs one plan, of one matrix at least, step after step."""
 
     def __init__(self, plan: Plan, wire: WireFormat, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.plan = plan
@@ -57,24 +57,10 @@ class Pipeline:
         self._streams = torch.get_device_module(device)
         self._side = self._streams.Stream() if device.type == "cpu" else self._streams.Stream(device=device)
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of the buffers of both slots."""
-        if not self._exchanges:
-            return 0
-        holder = max(e.holder_bytes for e in self._exchanges)
-        owner = max(e.owner_bytes for e in self._exchanges) if self._group is not None else 0
-        return min(_SLOTS, len(self._exchanges)) * (holder + owner)
-
     def run(self, work: MatrixWork, meanwhile: Callable[[], None]) -> None:
         """One step of all matrices. ``meanwhile`` runs while the first chunk is on its way."""
-        if not self._exchanges:
-            meanwhile()
-            return
         current = self._streams.current_stream(self._device)
-        slots = [
-            new_buffers(self._exchanges, self._group, self._device) for _ in range(min(_SLOTS, len(self._exchanges)))
-        ]
+        slots = [new_buffers(self._exchanges, self._group, self._device) for _ in self._exchanges[:_SLOTS]]
         self._side.wait_stream(current)
         arriving = self._gather(0, work, slots)
         meanwhile()
@@ -82,23 +68,24 @@ class Pipeline:
             arrived = arriving
             if k + 1 < len(self._exchanges):
                 arriving = self._gather(k + 1, work, slots)
-            holder, owner = slots[k % _SLOTS]
+            buffers = slots[k % _SLOTS]
             arrived.wait()
             with record_function("muon_dist.polar"):
-                stacks = [work.polar(stack) for stack in exchange.unpack_owned(owner)]
-                exchange.pack_updates(stacks, owner)
-            returning = self._departed(exchange.send_back(owner, holder))
+                exchange.pack_owned([work.polar(stack) for stack in exchange.unpack_owned(buffers)], buffers)
+            returned = self._departed(exchange.scatter(buffers))
             with self._streams.stream(self._side), record_function("muon_dist.apply"):
-                returning.wait()
-                exchange.unpack_wanted(holder, work.apply)
+                returned.wait()
+                if spreading := exchange.spread(buffers):
+                    spreading.wait()
+                exchange.unpack_updates(work.apply, buffers)
         current.wait_stream(self._side)
 
-    def _gather(self, k: int, work: MatrixWork, slots: list[tuple[Tensor, Tensor]]) -> _Waitable:
+    def _gather(self, k: int, work: MatrixWork, slots: list[Buffers]) -> _Waitable:
         """Accumulates and sends off chunk ``k``, on the side stream, behind the apply that last used its slot."""
-        holder, owner = slots[k % _SLOTS]
+        buffers = slots[k % _SLOTS]
         with self._streams.stream(self._side), record_function("muon_dist.accumulate"):
-            self._exchanges[k].pack_held(work.accumulate, holder)
-            return self._departed(self._exchanges[k].send_to_owners(holder, owner))
+            self._exchanges[k].pack_held(work.accumulate, buffers)
+            return self._departed(self._exchanges[k].gather(buffers))
 
     def _departed(self, collective: dist.Work | None) -> _Waitable:
         """What to wait for: the collective, or what the stream in use has done so far where nothing travels."""

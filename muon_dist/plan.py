@@ -11,8 +11,7 @@ Chunks: the same order, cut where a rank's buffers would grow over the limit. Th
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -38,33 +37,51 @@ class Parcel(NamedTuple):
     nbytes: int  # of one matrix's piece
 
 
-class Leg(NamedTuple):
-    """One direction of a chunk's exchange, as one rank sees it.
+class Side(NamedTuple):
+    """One rank's side of an exchange: its buffer, ordered by the rank at the other end, and the bytes for each rank."""
 
-    On the holder's side of an exchange lie this rank's pieces, ordered by their owners; on the owner's side the
-    pieces of the matrices that this rank owns, ordered by the ranks that hold (or want) them. Gathering sends from
-    the first to the second, scattering from the second to the first.
-    """
+    parcels: tuple[Parcel, ...]
+    splits: tuple[int, ...]
 
-    holder: tuple[Parcel, ...]
-    holder_splits: tuple[int, ...]  # bytes for each rank
-    owner: tuple[Parcel, ...]
-    owner_splits: tuple[int, ...]
+    @property
+    def nbytes(self) -> int:
+        return sum(self.splits)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Matrices that travel together."""
+    """Matrices that travel together.
+
+    Gathering goes from each rank's ``held`` to the ``owned`` of others, scattering back the same way. Where
+    parameters are replicated, the updates then spread from ``lent`` to ``wanted``. Both ends of an exchange walk the
+    bundles in the same order, so their buffers agree.
+    """
 
     bundles: tuple[Bundle, ...]
 
-    def gather(self, rank: int, ranks: int, wire: WireFormat) -> Leg:
-        """The way to the owners, of the pieces that ranks hold."""
-        return _leg(self.bundles, rank, ranks, wire, lambda geometry: geometry.held)
+    @property
+    def replicated(self) -> bool:
+        """Whether updates have to spread to replicas."""
+        return any(bundle.geometry.replicated for bundle in self.bundles)
 
-    def scatter(self, rank: int, ranks: int, wire: WireFormat) -> Leg:
-        """The way back, of the pieces that ranks want."""
-        return _leg(self.bundles, rank, ranks, wire, lambda geometry: geometry.wanted)
+    def held(self, rank: int, ranks: int, wire: WireFormat) -> Side:
+        """The rank's pieces, ordered by their owners."""
+        return _side([(b.owner, b, p) for b, p in self._pieces() if p.rank == rank], ranks, wire)
+
+    def owned(self, rank: int, ranks: int, wire: WireFormat) -> Side:
+        """All pieces of the matrices that the rank owns, ordered by their holders."""
+        return _side([(p.rank, b, p) for b, p in self._pieces() if b.owner == rank], ranks, wire)
+
+    def lent(self, rank: int, ranks: int, wire: WireFormat) -> Side:
+        """The rank's pieces, once for each rank that wants them, ordered by those ranks."""
+        return _side([(to, b, p) for b, p in self._pieces() if p.rank == rank for to in p.wanted_by], ranks, wire)
+
+    def wanted(self, rank: int, ranks: int, wire: WireFormat) -> Side:
+        """The pieces that the rank wants, ordered by their holders."""
+        return _side([(p.rank, b, p) for b, p in self._pieces() if rank in p.wanted_by], ranks, wire)
+
+    def _pieces(self) -> Iterator[tuple[Bundle, Piece]]:
+        return ((bundle, piece) for bundle in self.bundles for piece in bundle.geometry.pieces)
 
 
 @dataclass(frozen=True)
@@ -88,10 +105,6 @@ class Plan:
     def imbalance(self) -> float:
         """Work of the busiest rank over the mean: 1 is perfect."""
         return max(self.flops) * self.ranks / sum(self.flops) if sum(self.flops) else 1.0
-
-    def digest(self) -> str:
-        """A fingerprint of everything in the plan."""
-        return hashlib.sha256(repr((self.ranks, self.matrices, self.owners)).encode()).hexdigest()
 
 
 def polar_flops(rows: int, cols: int) -> int:
@@ -135,14 +148,17 @@ def make_plan(matrices: Sequence[Matrix], ranks: int, wire: WireFormat, chunk_by
 class _Size(NamedTuple):
     """Bytes of one matrix in the buffers of the ranks that it touches."""
 
-    owner: int  # at its owner: all pieces, the larger of the two directions
-    holder: int  # at a holder: its largest piece, the larger of the two directions
+    owner: int  # at its owner: all its pieces
+    holder: int  # at any other rank, the most that it holds, or wants, of it
 
     @classmethod
     def of(cls, geometry: Geometry, wire: WireFormat) -> _Size:
-        held = [wire.nbytes(p.rect.rows, p.rect.cols) for p in geometry.held]
-        wanted = [wire.nbytes(p.rect.rows, p.rect.cols) for p in geometry.wanted]
-        return cls(max(sum(held), sum(wanted)), max(held + wanted, default=0))
+        sizes = [wire.nbytes(piece.rect.rows, piece.rect.cols) for piece in geometry.pieces]
+        wanted: dict[int, int] = {}
+        for piece, nbytes in zip(geometry.pieces, sizes, strict=True):
+            # Replicas want the same pieces: the first of them stands for all.
+            wanted[piece.wanted_by[0]] = wanted.get(piece.wanted_by[0], 0) + nbytes
+        return cls(sum(sizes), max(wanted.values(), default=0))
 
 
 class _Fill:
@@ -168,22 +184,7 @@ def _chunk(members: Sequence[int], owners: Sequence[int], matrices: Sequence[Mat
     return Chunk(tuple(Bundle(owner, geometry, tuple(found)) for (owner, geometry), found in bundles.items()))
 
 
-def _leg(
-    bundles: Sequence[Bundle],
-    rank: int,
-    ranks: int,
-    wire: WireFormat,
-    pieces_of: Callable[[Geometry], tuple[Piece, ...]],
-) -> Leg:
-    """Both sides of one direction. Sender and receiver walk the bundles in the same order, so their buffers agree."""
-    mine = [(b.owner, b, p) for b in bundles for p in pieces_of(b.geometry) if p.rank == rank]
-    owned = [(p.rank, b, p) for b in bundles if b.owner == rank for p in pieces_of(b.geometry)]
-    return Leg(*_lay_out(mine, ranks, wire), *_lay_out(owned, ranks, wire))
-
-
-def _lay_out(
-    pieces: Sequence[tuple[int, Bundle, Piece]], ranks: int, wire: WireFormat
-) -> tuple[tuple[Parcel, ...], tuple[int, ...]]:
+def _side(pieces: Iterable[tuple[int, Bundle, Piece]], ranks: int, wire: WireFormat) -> Side:
     """Places pieces, given with the rank at the other end, in a buffer ordered by that rank."""
     parcels = []
     splits = [0] * ranks
@@ -193,4 +194,4 @@ def _lay_out(
         parcels.append(Parcel(bundle, piece.rect, offset, nbytes))
         offset += nbytes * len(bundle.matrices)
         splits[peer] += nbytes * len(bundle.matrices)
-    return tuple(parcels), tuple(splits)
+    return Side(tuple(parcels), tuple(splits))

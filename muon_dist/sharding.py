@@ -94,12 +94,16 @@ def _mesh_home(mesh: DeviceMesh, placements: Placements) -> Home:
 @lru_cache(maxsize=4096)
 def geometry_of(rows: int, cols: int, home: Home) -> Geometry:
     """Pieces of a ``[rows, cols]`` matrix over the ranks of ``home``; cached, since layers repeat."""
-
-    def pieces(placements: Placements) -> tuple[Piece, ...]:
-        rects = [rect_of(rows, cols, home, placements, rank) for rank in range(len(home.ranks))]
-        return tuple(Piece(rank, rect) for rank, rect in enumerate(rects) if rect.numel)
-
-    return Geometry(rows, cols, pieces(home.momentum_placements), pieces(home.placements))
+    ranks = range(len(home.ranks))
+    replicas: dict[Rect, list[int]] = {}  # by the part of the parameter that they have
+    stored = [rect_of(rows, cols, home, home.placements, rank) for rank in ranks]
+    for rank in ranks:
+        replicas.setdefault(stored[rank], []).append(rank)
+    readers = {rect: tuple(found) for rect, found in replicas.items()}
+    held = [rect_of(rows, cols, home, home.momentum_placements, rank) for rank in ranks]
+    return Geometry(
+        rows, cols, tuple(Piece(rank, held[rank], readers[stored[rank]]) for rank in ranks if held[rank].numel)
+    )
 
 
 def rect_of(rows: int, cols: int, home: Home, placements: Placements, rank: int) -> Rect:
@@ -156,7 +160,7 @@ def unsupported_placement(parameter: Tensor) -> str | None:
         return f"rank {dist.get_rank()} is not in its mesh {mesh}; give the optimizer only parameters of its own meshes"
     for placement in parameter.placements:
         if isinstance(placement, Partial) or not isinstance(placement, Shard | _StridedShard | Replicate):
-            return f"its placement is {placement}; only Shard and Replicate can be stored and updated"
+            return f"it has the placement {placement!r}; only Shard and Replicate can be stored and updated"
     left = _mesh_home(mesh, tuple(parameter.placements)).momentum_placements
     if any(p.is_replicate() and size > 1 for p, size in zip(left, mesh.shape, strict=True)) and parameter.ndim == 2:
         return (

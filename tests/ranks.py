@@ -1,4 +1,4 @@
-"""Runs a function on several ranks of a gloo job, quickly: processes are forked from one that has imported torch already.
+"""Runs a function on several ranks of a gloo job, quickly: processes are forked from one that has torch already.
 
 A rank that fails ends the whole job at once and its traceback becomes the test's failure; a job that hangs is killed.
 """

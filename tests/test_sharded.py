@@ -96,7 +96,9 @@ def references() -> dict[Any, dict[str, Tensor]]:
         parameters, _ = train(replicated(), shapes, wire="fp32", **STATES[state])
         return {name: whole(p) for name, p in parameters.items()}
 
-    return {(state, even): weights(state, EVEN_SHAPES if even else SHAPES) for state in STATES for even in (False, True)}
+    return {
+        (state, even): weights(state, EVEN_SHAPES if even else SHAPES) for state in STATES for even in (False, True)
+    }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -176,7 +178,9 @@ def test_momentum_is_shared_out_over_all_ranks_of_the_job() -> None:
 
     def measure_muon(optimizer: DistMuon) -> int:
         local = [s for s in optimizer.state.values() if "momentum_buffer_codes" in s]
-        return sum(t.to_local().nbytes for s in local for t in (s["momentum_buffer_codes"], s["momentum_buffer_scales"]))
+        return sum(
+            t.to_local().nbytes for s in local for t in (s["momentum_buffer_codes"], s["momentum_buffer_scales"])
+        )
 
     matrix_elements = 2 * 256 * 512
     for ranks, make, shards, replicas in [(4, lambda: fsdp(4), 4, 1), (4, hsdp, 2, 2), (2, replicated, 1, 2)]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Launch
 
 from muon_dist.launch.metrics import read_records
 
+Launch = Callable[..., object]  # the fixture in conftest.py
+
 STEPS = 6
-OPTIMIZER = "dist_muon"
 
 
 @pytest.fixture(scope="module")
 def fsdp2_run(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "fsdp2"
-    options = f"--engine fsdp2 --optimizer {OPTIMIZER} --steps {STEPS} --checkpoint-every 2 --eval-every 3"
+    options = f"--engine fsdp2 --optimizer dist_muon --steps {STEPS} --checkpoint-every 2 --eval-every 3"
     launch(out, *options.split(), ranks=2)
     return out
 
@@ -55,7 +56,7 @@ def test_resumed_equals_uninterrupted(launch: Launch, fsdp2_run: Path, tmp_path:
     kept = [line for line in records if json.loads(line)["step"] <= 5]
     (resumed / "metrics.jsonl").write_text("\n".join(kept) + '\n{"kind": "train", "st')
 
-    options = f"--engine fsdp2 --optimizer {OPTIMIZER} --steps {STEPS} --checkpoint-every 2 --eval-every 3 --resume"
+    options = f"--engine fsdp2 --optimizer dist_muon --steps {STEPS} --checkpoint-every 2 --eval-every 3 --resume"
     launch(resumed, *options.split(), ranks=2)
 
     assert result(resumed)["first_step"] == 5
@@ -74,7 +75,7 @@ def test_resumed_equals_uninterrupted(launch: Launch, fsdp2_run: Path, tmp_path:
 )
 def test_engines_train_alike(options: str, ranks: int, launch: Launch, fsdp2_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    launch(out, *options.split(), *f"--optimizer {OPTIMIZER} --steps {STEPS} --eval-every 3".split(), ranks=ranks)
+    launch(out, *options.split(), *f"--optimizer dist_muon --steps {STEPS} --eval-every 3".split(), ranks=ranks)
     assert losses(out, "train") == pytest.approx(losses(fsdp2_run, "train"), rel=1e-3)
     assert losses(out, "eval") == pytest.approx(losses(fsdp2_run, "eval"), rel=1e-3)
 

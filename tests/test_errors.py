@@ -1,0 +1,167 @@
+"""Bad input is refused before anything changes, naming the parameter or option and the fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from muon_dist import DistMuon
+from muon_dist.codecs import CODECS
+from tests.ranks import run_ranks
+
+
+def matrix() -> nn.Parameter:
+    return nn.Parameter(torch.ones(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum_state": "int3"}, r"momentum_state='int3'.*'linear8'"),
+        ({"adamw_state": "linear8"}, r"adamw_state='linear8'.*'dynamic8'"),
+        ({"wire": "fp8"}, r"wire='fp8'.*'bf16'"),
+        ({"polar": "newton"}, r"polar='newton'.*'jordan'"),
+        ({"polar_steps": 0}, r"polar_steps=0.*positive"),
+        ({"polar": "cans", "polar_steps": 9}, r"polar_steps=9.*'cans' has 5"),
+        ({"polar_form": "fast"}, r"polar_form='fast'.*'gram'"),
+        ({"polar_dtype": torch.int8}, r"polar_dtype=torch.int8"),
+        ({"block_size": 0}, r"block_size=0.*positive"),
+        ({"chunk_bytes": -1}, r"chunk_bytes=-1.*positive"),
+        ({"nonfinite": "ignore"}, r"nonfinite='ignore'.*'raise'"),
+        ({"lr": -0.1}, r"lr=-0.1"),
+        ({"momentum": 1.0}, r"momentum=1.0.*less than 1"),
+        ({"weight_decay": -1}, r"weight_decay=-1"),
+        ({"update_scale": "big"}, r"update_scale='big'.*'spectral'"),
+        ({"overrides": {"w": "sgd"}}, r"overrides.*'sgd'.*'muon'"),
+    ],
+)
+def test_an_option_names_what_it_can_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistMuon([("w", matrix())], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"adamw_lr": -1}, "lr=-1"), ({"adamw_betas": (0.9, 1.0)}, "betas="), ({"adamw_eps": 0.0}, "eps=0.0")],
+)
+def test_an_option_of_the_adamw_part_too(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistMuon([("norm.weight", nn.Parameter(torch.ones(8)))], **options)
+
+
+def test_a_vector_cannot_go_to_muon() -> None:
+    vector = nn.Parameter(torch.ones(8))
+    with pytest.raises(ValueError, match=r"norm.weight has shape \(8,\).*algorithm=\"adamw\""):
+        DistMuon([{"params": [("norm.weight", vector)], "algorithm": "muon"}])
+    with pytest.raises(ValueError, match="norm.weight has shape"):
+        DistMuon([("norm.weight", vector)], overrides={"norm.*": "muon"})
+
+
+def test_parameters_that_cannot_be_trained_are_named() -> None:
+    with pytest.raises(ValueError, match="codes is torch.int8"):
+        DistMuon([("codes", nn.Parameter(torch.ones(8, dtype=torch.int8), requires_grad=False))])
+    with pytest.raises(ValueError, match="wide is torch.float64.*float"):
+        DistMuon([("wide", nn.Parameter(torch.ones(8, dtype=torch.float64)))])
+    with pytest.raises(TypeError, match="parameter 0 is a list"):
+        DistMuon([[1.0]])  # type: ignore[list-item]
+
+
+def test_duplicates_are_named_within_and_across_groups() -> None:
+    p = matrix()
+    with pytest.raises(ValueError, match="b is the same tensor as a"):
+        DistMuon([("a", p), ("b", p)])
+    optimizer = DistMuon([("a", p)])
+    with pytest.raises(ValueError, match="b is the same tensor as a of another group"):
+        optimizer.add_param_group({"params": [("b", p)]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_misspelt_group_option_is_not_carried_along() -> None:
+    with pytest.raises(ValueError, match="'momentm'; did you mean 'momentum'"):
+        DistMuon([{"params": [("a", matrix())], "momentm": 0.9}])
+    with pytest.raises(ValueError, match="algorithm='sgd'.*'muon'"):
+        DistMuon([{"params": [("a", matrix())], "algorithm": "sgd"}])
+    assert DistMuon([{"params": [("a", matrix())], "note": 1}]).param_groups[0]["note"] == 1
+
+
+def test_unknown_names_are_told() -> None:
+    with pytest.warns(UserWarning, match=r"all 1 matrices go to Muon.*named_parameters"):
+        DistMuon([matrix()])
+
+
+@pytest.mark.parametrize("momentum_state", CODECS)
+def test_nan_gradients_raise_by_name_before_anything_changes(momentum_state: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    optimizer = DistMuon(model.named_parameters(), nonfinite="raise", momentum_state=momentum_state)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = [t.clone() for s in optimizer.state.values() for t in s.values()] + [p.clone() for p in model.parameters()]
+    model[1].weight.grad[3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"gradients of 1.weight hold NaN.*clip"):
+        optimizer.step()
+    after = [t for s in optimizer.state.values() for t in s.values()] + list(model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_nan_gradients_on_one_rank_raise_on_all() -> None:
+    def check(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        p = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]))
+        optimizer = DistMuon([("w", p)], nonfinite="raise")
+        gradient = torch.ones(8, 8)
+        gradient[7, 7] = float("inf")  # on rank 1
+        p.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+        with pytest.raises(FloatingPointError, match="gradients of w"):
+            optimizer.step()
+
+    run_ranks(2, check)
+
+
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        (lambda rank: {"momentum_state": ["linear8", "fp32"][rank]}, "linear8.*fp32"),
+        (lambda rank: {"weight_decay": [0.1, 0.2][rank]}, r"w .*0\.1.*0\.2"),
+        (lambda rank: {"chunk_bytes": [1000, 2000][rank]}, "1000.*2000"),
+    ],
+    ids=["codec", "hyper-parameter", "chunks"],
+)
+def test_ranks_with_different_optimizers_raise_on_all(difference: Any, message: str) -> None:
+    def check(rank: int) -> None:
+        p = nn.Parameter(distribute_tensor(torch.ones(8, 8), init_device_mesh("cpu", (2,)), [Shard(0)]))
+        p.grad = p.detach().clone()
+        with pytest.raises(ValueError, match=f"(?s)different optimizers.*{message}"):
+            DistMuon([("w", p)], **difference(rank)).step()
+
+    run_ranks(2, check)
+
+
+def test_another_order_of_parameters_raises_instead_of_hanging() -> None:
+    def check(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        named = [(n, nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]))) for n in ("a", "b", "c")]
+        with pytest.raises(ValueError, match="(?s)same order.*.a .*.c "):
+            DistMuon(named[:: 1 - 2 * rank]).step()
+
+    run_ranks(2, check)
+
+
+def test_layouts_that_cannot_be_followed_are_refused_by_name() -> None:
+    def check(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (4,))
+        partial = nn.Parameter(DTensor.from_local(torch.ones(8, 8), mesh, [Partial()]))
+        partial.grad = partial.detach().clone()
+        with pytest.raises(ValueError, match=r"w: it has the placement Partial\(sum\)"):
+            DistMuon([("w", partial)]).step()
+        cube = init_device_mesh("cpu", (2, 1, 2))
+        everywhere = nn.Parameter(distribute_tensor(torch.ones(8, 8), cube, [Replicate(), Shard(0), Shard(1)]))
+        with pytest.raises(ValueError, match="w: it is sharded in both dimensions and replicated besides"):
+            DistMuon([("w", everywhere)]).step()
+
+    run_ranks(4, check)

@@ -1,0 +1,129 @@
+"""The planner without a process group: every matrix once, what is sent is what is received, balance, bounds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
+
+from muon_dist.layout import Matrix
+from muon_dist.plan import Plan, make_plan, polar_flops
+from muon_dist.sharding import Home, geometry_of, rect_of
+from muon_dist.wire import wire_format
+
+WIRE = wire_format("bf16")
+LLAMA_8B = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)] * 32
+
+
+def home(replicas: int, shards: int) -> Home:
+    where = tuple((rank // shards, rank % shards) for rank in range(replicas * shards))
+    return Home(tuple(range(replicas * shards)), (replicas, shards), where, (Replicate(), Shard(0)))
+
+
+def matrices(shapes: Sequence[tuple[int, int]], where: Home) -> list[Matrix]:
+    return [Matrix(f"{i}.weight", geometry_of(*shape, where)) for i, shape in enumerate(shapes)]
+
+
+shape_lists = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), max_size=12)
+
+
+@given(shapes=shape_lists, replicas=st.integers(1, 3), shards=st.integers(1, 4), chunk_bytes=st.integers(1, 20_000))
+@settings(max_examples=80, deadline=None)
+def test_every_matrix_is_in_one_chunk_with_one_owner(
+    shapes: list[tuple[int, int]], replicas: int, shards: int, chunk_bytes: int
+) -> None:
+    plan = make_plan(matrices(shapes, home(replicas, shards)), replicas * shards, WIRE, chunk_bytes)
+    planned = [i for chunk in plan.chunks for bundle in chunk.bundles for i in bundle.matrices]
+    assert sorted(planned) == list(range(len(shapes)))
+    for chunk in plan.chunks:
+        for bundle in chunk.bundles:
+            assert {plan.owners[i] for i in bundle.matrices} == {bundle.owner}
+            assert {plan.matrices[i].geometry for i in bundle.matrices} == {bundle.geometry}
+
+
+@given(shapes=shape_lists, replicas=st.integers(1, 3), shards=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_what_one_rank_sends_is_what_the_other_expects(
+    shapes: list[tuple[int, int]], replicas: int, shards: int
+) -> None:
+    ranks = replicas * shards
+    plan = make_plan(matrices(shapes, home(replicas, shards)), ranks, WIRE, 10_000)
+    for chunk in plan.chunks:
+        for here, there in (("held", "owned"), ("owned", "held"), ("lent", "wanted")):
+            for a in range(ranks):
+                for b in range(ranks):
+                    sent = getattr(chunk, here)(a, ranks, WIRE).splits[b]
+                    assert sent == getattr(chunk, there)(b, ranks, WIRE).splits[a]
+
+
+@given(rows=st.integers(1, 60), cols=st.integers(1, 60), replicas=st.integers(1, 3), shards=st.integers(1, 5))
+@settings(max_examples=80, deadline=None)
+def test_pieces_cover_a_matrix_once_and_are_wanted_by_every_replica(
+    rows: int, cols: int, replicas: int, shards: int
+) -> None:
+    where = home(replicas, shards)
+    covered = [[0] * cols for _ in range(rows)]
+    for piece in geometry_of(rows, cols, where).pieces:
+        assert len(piece.wanted_by) == replicas
+        for r in range(piece.rect.row, piece.rect.row + piece.rect.rows):
+            for c in range(piece.rect.col, piece.rect.col + piece.rect.cols):
+                covered[r][c] += 1
+        for rank in piece.wanted_by:  # the holder among them, so it has the gradient
+            stored = rect_of(rows, cols, where, where.placements, rank)
+            inside = piece.rect.relative_to(stored)
+            assert min(inside.row, inside.col) >= 0
+            assert inside.row + inside.rows <= stored.rows
+            assert inside.col + inside.cols <= stored.cols
+        assert piece.rank in piece.wanted_by
+    assert all(count == 1 for row in covered for count in row)
+
+
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_llama_8b_is_balanced(ranks: int) -> None:
+    plan = make_plan(matrices(LLAMA_8B, home(1, ranks)), ranks, WIRE, 128 << 20)
+    assert plan.imbalance <= 1.1
+    assert sum(plan.flops) == sum(polar_flops(*shape) for shape in LLAMA_8B)
+
+
+def test_no_more_bytes_travel_than_the_matrices_need() -> None:
+    """To the owner and back, all but the owner's own part: 2 (P / W) (W - 1) / W elements a rank."""
+    ranks = 8
+    plan = make_plan(matrices(LLAMA_8B, home(1, ranks)), ranks, WIRE, 128 << 20)
+    elements = sum(rows * cols for rows, cols in LLAMA_8B)
+    for rank in range(ranks):
+        sides = [side(rank, ranks, WIRE) for chunk in plan.chunks for side in (chunk.held, chunk.owned)]
+        sent = sum(n for side in sides for peer, n in enumerate(side.splits) if peer != rank)
+        ideal = 2 * 2 * elements / ranks * (ranks - 1) / ranks
+        assert sent == pytest.approx(ideal, rel=0.05)
+
+
+def buffer_bytes(plan: Plan, rank: int) -> int:
+    return max(
+        side(rank, plan.ranks, WIRE).nbytes
+        for chunk in plan.chunks
+        for side in (chunk.held, chunk.owned, chunk.lent, chunk.wanted)
+    )
+
+
+@pytest.mark.parametrize(("replicas", "shards"), [(1, 8), (8, 1), (2, 4)])
+def test_buffers_are_bounded_whatever_the_size_of_the_model(replicas: int, shards: int) -> None:
+    for layers in (2, 8):
+        plan = make_plan(matrices(LLAMA_8B[: 7 * layers], home(replicas, shards)), 8, WIRE, 256 << 20)
+        assert max(buffer_bytes(plan, rank) for rank in range(8)) <= 256 << 20
+
+
+def test_a_matrix_larger_than_a_chunk_travels_alone() -> None:
+    plan = make_plan(matrices([(64, 64), (64, 64), (2, 2)], home(1, 2)), 2, WIRE, 100)
+    assert [len(chunk.bundles) for chunk in plan.chunks] == [1, 1, 1]
+
+
+def test_a_large_plan_is_made_quickly() -> None:
+    where = home(1, 64)
+    many = matrices(LLAMA_8B[:7] * 150, where)
+    started = time.perf_counter()
+    make_plan(many, 64, WIRE, 128 << 20)
+    assert time.perf_counter() - started < 10
