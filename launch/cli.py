@@ -44,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = TrainConfig(**options)
         # Imported late: it takes seconds (transformers), and `--help` or a wrong argument shouldn't wait for it.
         from muon_dist.launch.train import run
-
+    except UsageError as error:
+        train_parser.error(str(error))
+    except ModuleNotFoundError as error:
+        train_parser.error(f"{error}; training needs more than the optimizer: pip install 'muon_dist[train]'")
+    try:
         run(config)
     except UsageError as error:
         train_parser.error(str(error))

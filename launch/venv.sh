@@ -15,7 +15,8 @@ ensure_venv() {
     fi
     # shellcheck source=/dev/null
     source "$venv/bin/activate"
-    if ! cat "${inputs[@]}" | cmp --silent - "$stamp"; then
+    if ! cat "${inputs[@]}" | cmp -s - "$stamp"; then
+        printf 'installing muon_dist[%s] in %s (this takes a minute or more)\n' "$extras" "$venv"
         python -m pip install --quiet --constraint constraints.txt --editable ".[$extras]"
         cat "${inputs[@]}" >"$stamp"
     fi

@@ -199,17 +199,13 @@ class DistMuon(torch.optim.Optimizer):
         Raises:
             ValueError: the state was saved with other codecs, shapes or algorithms; nothing is changed.
         """
-        binding = self._bind()
+        self._bind()
         saved = state_dict["state"]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         ours = list(named(self.param_groups))
-        if len(keys) != len(ours):
-            raise ValueError(f"the saved state has {len(keys)} parameters, the optimizer {len(ours)}")
+        _require_same_members(state_dict["param_groups"], self.param_groups)
         for key, (name, parameter, _) in zip(keys, ours, strict=True):
             _require_matching(name, saved.get(key, {}), self.state.get(parameter, {}))
-        for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            if theirs.get("algorithm", group["algorithm"]) != group["algorithm"]:
-                raise ValueError(f"a group of {group['algorithm']} was saved as one of {theirs['algorithm']}")
         scalars = {
             key: {k: v for k, v in entries.items() if not isinstance(v, Tensor)} for key, entries in saved.items()
         }
@@ -223,7 +219,6 @@ class DistMuon(torch.optim.Optimizer):
                 group.setdefault(option, self._defaults.muon[option])
         # The base class put new dictionaries in place of those that the binding refers to.
         self._binding = None
-        del binding
 
     def _bind(self) -> Binding:
         """The binding to the parameters as they are now. Local."""
@@ -295,6 +290,19 @@ def _common_device(parameters: Iterable[MuonParameter]) -> torch.device:
     if len(devices) > 1:
         raise ValueError(f"matrices lie on several devices of one rank: {devices}; move them to one")
     return next(iter(devices))
+
+
+def _require_same_members(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
+    """Raises ValueError unless the saved groups have our algorithms and, where known, parameters."""
+    described = [
+        [(g.get("algorithm"), g.get("param_names") or f"{len(g['params'])} parameters") for g in groups]
+        for groups in (saved, ours)
+    ]
+    if described[0] != described[1]:
+        raise ValueError(
+            f"the saved state has the groups {described[0]}, the optimizer {described[1]}; construct it with the "
+            f"parameters, in the order and with the overrides, that the state was saved with"
+        )
 
 
 def _require_matching(name: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

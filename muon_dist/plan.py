@@ -1,12 +1,11 @@
 """The plan of a step: an owner for every matrix, chunks of bounded size, and the bytes that travel. Pure Python.
 
 Every rank computes the same plan from the same matrices, so nothing has to be agreed at run time but that the inputs
-were the same (:func:`Plan.digest`).
+were the same (:mod:`muon_dist.agreement`).
 
-Owners: longest processing time first. Matrices are taken in descending FLOPs, each goes to the rank with the least
-    work so far.
-Chunks: the same order, cut where a rank's buffers would grow over the limit. The largest come first, so that the
-    return trip of the last chunk, which nothing hides, is small.
+Owners: longest processing time first. Matrices are taken in descending FLOPs, each goes to the rank with the least work
+so far. Chunks: the same order, cut where a rank's buffers would grow over the limit. The largest come first, so that
+the return trip of the last chunk, which nothing hides, is small.
 """
 
 from __future__ import annotations

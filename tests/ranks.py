@@ -11,7 +11,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def run_ranks(ranks: int, function: Callable[[int], Any], timeout: float = 60.0)
                 process.join()
 
 
-def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
+def _collect(receivers: Sequence[Connection], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
         pending = [r for rank, r in enumerate(receivers) if rank not in results]
@@ -56,9 +56,10 @@ def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
         missing = sorted(set(range(len(receivers))) - set(results))
         assert ready, f"ranks {missing} did not finish in time: do all ranks issue the same collectives?"
         for receiver in ready:
-            rank = receivers.index(receiver)  # type: ignore[arg-type]
+            assert isinstance(receiver, Connection)
+            rank = receivers.index(receiver)
             try:
-                ok, value = receiver.recv()  # type: ignore[union-attr]
+                ok, value = receiver.recv()
             except EOFError:
                 ok, value = False, "the process died"
             assert ok, f"rank {rank} failed:\n{value}"

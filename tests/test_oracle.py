@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ STEPS = 20
 SETTINGS: dict[str, Any] = {"lr": 2e-2, "momentum": 0.95, "weight_decay": 0.1}
 
 
-def copies(shapes: list[tuple[int, ...]]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def copies(shapes: Sequence[tuple[int, ...]]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     return ours, [nn.Parameter(p.detach().clone()) for p in ours]
@@ -67,7 +68,12 @@ def test_in_its_own_bf16_torch_muon_is_as_near_as_bf16_is() -> None:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_the_adamw_part_is_torch_adamw(weight_decay: float) -> None:
     ours, theirs = copies([(50, 12), (7,), ()])
-    options = {"adamw_lr": 1e-2, "adamw_betas": (0.9, 0.99), "adamw_eps": 1e-6, "adamw_weight_decay": weight_decay}
+    options: dict[str, Any] = {
+        "adamw_lr": 1e-2,
+        "adamw_betas": (0.9, 0.99),
+        "adamw_eps": 1e-6,
+        "adamw_weight_decay": weight_decay,
+    }
     mine = DistMuon([{"params": ours, "algorithm": "adamw"}], **options)
     reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=weight_decay, fused=True)
     run_both(ours, theirs, mine, reference)

@@ -65,7 +65,9 @@ def values(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def train(layout: Layout, shapes: dict[str, tuple[int, ...]], **options: Any) -> tuple[dict[str, Tensor], DistMuon]:
+def train(
+    layout: Layout, shapes: dict[str, tuple[int, ...]], **options: Any
+) -> tuple[dict[str, torch.nn.Parameter], DistMuon]:
     """Weights after some steps on fixed gradients. ``b.weight`` has none in the second step."""
     parameters = {name: torch.nn.Parameter(layout(value)) for name, value in values(shapes, 0).items()}
     optimizer = DistMuon(list(parameters.items()), chunk_bytes=40_000, **options)

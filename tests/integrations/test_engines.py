@@ -1,0 +1,116 @@
+"""A real transformer, trained by real engines with real gradients, against the single process on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from muon_dist import DistMuon
+from tests.ranks import run_ranks
+
+STEPS = 3
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    # 24 rows over three ranks and 40 over four are even, 44 rows are uneven for both.
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=44,
+            hidden_size=24,
+            intermediate_size=44,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def batch(step: int) -> Tensor:
+    return torch.randint(44, (12, 16), generator=torch.Generator().manual_seed(step))
+
+
+def train(model: nn.Module, rank: int = 0, ranks: int = 1, **options: Any) -> DistMuon:
+    named = model.module.named_parameters() if isinstance(model, DistributedDataParallel) else model.named_parameters()
+    optimizer = DistMuon(named, **{"momentum_state": "fp32", "wire": "fp32", **options})
+    for step in range(STEPS):
+        tokens = batch(step).chunk(ranks)[rank]
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def whole_weights(model: nn.Module) -> list[Tensor]:
+    return [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+
+
+def shard(model: LlamaForCausalLM, mesh_shape: tuple[int, ...], **options: Any) -> nn.Module:
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+ENGINES: dict[str, tuple[int, Callable[[LlamaForCausalLM], nn.Module]]] = {
+    "fsdp2 x2": (2, lambda model: shard(model, (2,))),
+    "fsdp2 x3": (3, lambda model: shard(model, (3,))),
+    "fsdp2, cpu offload": (2, lambda model: shard(model, (2,), offload_policy=CPUOffloadPolicy(pin_memory=False))),
+    "hsdp 2x2": (4, lambda model: shard(model, (2, 2))),
+    "ddp x2": (2, DistributedDataParallel),
+}
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[Tensor]:
+    model = llama()
+    train(model)
+    return whole_weights(model)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_trains_like_a_single_process(name: str, reference: list[Tensor]) -> None:
+    ranks, wrap = ENGINES[name]
+    start = whole_weights(llama())
+
+    def weights(rank: int) -> list[Tensor]:
+        model = wrap(llama())
+        train(model, rank, ranks)
+        return whole_weights(model)
+
+    for found in run_ranks(ranks, weights):
+        for ours, theirs, before in zip(found, reference, start, strict=True):
+            # Gradients are summed in another order; Newton-Schulz and AdamW's division carry that rounding on.
+            assert float((ours - theirs).norm()) < 2e-3 * float((theirs - before).norm())
+
+
+def test_mixed_precision_policies_work() -> None:
+    def losses(rank: int) -> None:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        model = shard(llama(), (2,), mp_policy=policy)
+        train(model, rank, 2, momentum_state="linear8", wire="bf16")
+        assert all(torch.isfinite(p).all() for p in whole_weights(model))
+
+    run_ranks(2, losses)
+
+
+def test_plain_tensors_of_a_distributed_job_are_replicas_of_each_other() -> None:
+    def digests(rank: int) -> Tensor:
+        model = DistributedDataParallel(llama())
+        train(model, rank, 2, momentum_state="linear8", wire="int8", process_group=dist.new_group([0, 1]))
+        return torch.cat([p.flatten() for p in whole_weights(model)])
+
+    first, second = run_ranks(2, digests)
+    assert torch.equal(first, second)
