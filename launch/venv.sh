@@ -6,18 +6,19 @@
 ensure_venv() {
     local extras=$1
     local venv=${MUON_DIST_VENV:-.venv}
-    # What was installed last time; pip has nothing to do while the same files ask for the same.
     local stamp=$venv/.muon_dist-$extras
-    local inputs=(pyproject.toml setup.cfg constraints.txt)
+    # What decides an installation. While it is what it was last time, pip has nothing to do.
+    local wanted
+    wanted=$(pwd && cat pyproject.toml setup.cfg constraints.txt)
 
     if [[ ! -e $venv/bin/activate ]]; then
         python3 -m venv "$venv"
     fi
     # shellcheck source=/dev/null
     source "$venv/bin/activate"
-    if ! cat "${inputs[@]}" | cmp -s - "$stamp"; then
+    if [[ ! -e $stamp || $(<"$stamp") != "$wanted" ]]; then
         printf 'installing muon_dist[%s] in %s (this takes a minute or more)\n' "$extras" "$venv"
         python -m pip install --quiet --constraint constraints.txt --editable ".[$extras]"
-        cat "${inputs[@]}" >"$stamp"
+        printf '%s\n' "$wanted" >"$stamp"
     fi
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -63,7 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(codec: MomentumState, tmp_path: 
 
 def sharded(mesh: DeviceMesh | None = None) -> nn.Module:
     model = network()
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh or init_device_mesh("cpu", (dist.get_world_size(),)))
     return model
 
 
@@ -131,7 +132,7 @@ def test_state_follows_parameters_that_a_trainer_swaps() -> None:
     def check(rank: int) -> None:
         model = network()
         optimizer = make(model, "linear8")
-        fully_shard(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         now = dict(model.named_parameters())
         for group in optimizer.param_groups:
             group["params"] = [now[name] for name in group["param_names"]]

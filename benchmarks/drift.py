@@ -1,0 +1,120 @@
+"""What storing momentum costs in accuracy, by codec and block size: the same gradients through every codec.
+
+    python benchmarks/drift.py [--steps 300] [--model tiny] [--out drift.json]
+
+Trains a Llama on the standard library's text with fp32 momentum and gives every step's gradients to momenta of all
+the other codecs too. Each stores its momentum after each step, so its errors accumulate as in training. Reported, for
+matrices of the last layer, as means over the second half of the steps:
+
+- one step: relative error of storing the fp32 momentum once.
+- drift: relative error of the momentum that was stored at every step.
+- cosine: between the polar factors (five Polar Express steps) of the two momenta.
+- bytes: per element, scales included.
+
+Source of the probe: recurrent requantisation of one gradient sequence, as in arXiv 2605.11396's error analysis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from muon_dist import DistMuon
+from muon_dist.codecs import Codec, make_codec
+from muon_dist.launch.config import TrainConfig
+from muon_dist.launch.data import Batches, load_text
+from muon_dist.launch.environment import read_environment
+from muon_dist.launch.models import build_model
+from muon_dist.polar import polar_factor, schedule
+
+MOMENTUM = 0.95
+CODECS: dict[str, Codec] = {"bf16": make_codec("bf16")} | {
+    f"{name} block {block}": make_codec(name, block)  # type: ignore[arg-type] # the names are literals
+    for name in ("linear8", "dynamic8")
+    for block in (32, 64, 128, 256, 512, 2048)
+}
+
+
+class Stored:
+    """A momentum that is decoded, updated and encoded at every step."""
+
+    def __init__(self, codec: Codec, like: Tensor) -> None:
+        specs = codec.buffers(like.shape)
+        self.codec = codec
+        self.buffers = {name: torch.zeros(s.shape, dtype=s.dtype, device=like.device) for name, s in specs.items()}
+
+    def update(self, gradient: Tensor) -> Tensor:
+        """Returns the momentum as it was before it was stored."""
+        momentum = self.codec.decode(self.buffers).lerp_(gradient, 1 - MOMENTUM)
+        self.codec.encode(momentum, self.buffers)
+        return momentum
+
+    @property
+    def bytes_per_element(self) -> float:
+        sizes = [buffer.nbytes for buffer in self.buffers.values()]
+        return sum(sizes) / max(buffer.numel() for buffer in self.buffers.values())
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def probe(model_name: str, steps: int) -> dict[str, dict[str, float]]:
+    config = TrainConfig(model=model_name, steps=steps, engine="single")  # type: ignore[arg-type] # checked by TrainConfig
+    environment = read_environment({})
+    batches = Batches(config, environment, load_text(config))
+    model = build_model(config.model, config.sequence_length, environment.device, seed=0)
+    optimizer = DistMuon(model.named_parameters(), lr=config.lr, momentum=MOMENTUM, adamw_lr=config.adamw_lr)
+    watched = [p for p in model.model.layers[-1].parameters() if p.ndim == 2]
+    exact = [torch.zeros_like(p) for p in watched]
+    stored = {name: [Stored(codec, p) for p in watched] for name, codec in CODECS.items()}
+    polar = schedule("polar_express", 5)
+    figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for step in range(1, steps + 1):
+        (tokens,) = batches.training(step)
+        model(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss.backward()
+        for i, p in enumerate(watched):
+            assert p.grad is not None
+            gradient = p.grad
+            exact[i].lerp_(gradient, 1 - MOMENTUM)
+            judged = step > steps // 2 and step % 10 == 0
+            direction = polar_factor(exact[i], polar) if judged else None
+            for name, momenta in stored.items():
+                momentum = momenta[i].update(gradient)
+                if direction is not None:
+                    once = Stored(momenta[i].codec, p)
+                    once.codec.encode(exact[i], once.buffers)
+                    theirs = polar_factor(momentum, polar)
+                    figures[name]["one step"].append(relative_error(once.codec.decode(once.buffers), exact[i]))
+                    figures[name]["drift"].append(relative_error(momentum, exact[i]))
+                    cosine = torch.nn.functional.cosine_similarity(theirs.flatten(), direction.flatten(), dim=0)
+                    figures[name]["cosine"].append(float(cosine))
+                    figures[name]["bytes"].append(momenta[i].bytes_per_element)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: {key: statistics.mean(found) for key, found in f.items()} for name, f in figures.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    arguments = parser.parse_args()
+    figures = probe(arguments.model, arguments.steps)
+    print(f"{arguments.model}, {arguments.steps} steps, torch {torch.__version__}\n")
+    print(f"{'codec':<22}{'bytes':>8}{'one step':>11}{'drift':>9}{'cosine':>9}")
+    for name, f in figures.items():
+        print(f"{name:<22}{f['bytes']:>8.4f}{f['one step']:>11.5f}{f['drift']:>9.5f}{f['cosine']:>9.5f}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Time, state and extra peak memory of one optimizer step on one GPU, beside torch's own optimizers.
+
+    python benchmarks/step.py [--out step.json]
+
+The parameters of a Llama with random bf16 gradients; nothing but the optimizer runs. Times are medians over steps, by
+CUDA events. "extra peak" is the most memory allocated during a step above what was allocated before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from muon_dist import DistMuon
+from muon_dist.grouping import assign
+from muon_dist.memory import measured_state_bytes
+
+# Matrices of one layer, number of layers, and the embedding, of the Llama-3.2-1B parameters.
+LAYER = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)]
+LAYERS = 16
+EMBEDDING = (128256, 2048)
+WARMUP, REPEATS = 3, 10
+
+
+def parameters() -> list[tuple[str, nn.Parameter]]:
+    """Named parameters with gradients, bf16, on the GPU."""
+    shapes = [("embed_tokens.weight", EMBEDDING)]
+    shapes += [(f"layers.{i}.{j}.weight", shape) for i in range(LAYERS) for j, shape in enumerate(LAYER)]
+    named = [(name, nn.Parameter(torch.randn(s, device="cuda", dtype=torch.bfloat16) * 0.02)) for name, s in shapes]
+    named += [(f"layers.{i}.norm.weight", nn.Parameter(torch.ones(2048, device="cuda"))) for i in range(2 * LAYERS + 1)]
+    for _, p in named:
+        p.grad = torch.randn_like(p) * 1e-3
+    return named
+
+
+def torch_muon(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    groups: dict[str, list[Any]] = {"muon": [], "adamw": []}
+    for assignment in assign(named):
+        groups[assignment.algorithm].append(assignment.parameter)
+    return [torch.optim.Muon(groups["muon"]), torch.optim.AdamW(groups["adamw"], fused=True)]
+
+
+def dist_muon(**options: Any) -> Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Optimizer]]:
+    return lambda named: [DistMuon(named, **options)]
+
+
+OPTIMIZERS: dict[str, Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Optimizer]]] = {
+    "AdamW fused, all": lambda named: [torch.optim.AdamW([p for _, p in named], fused=True)],
+    "torch.optim.Muon + AdamW fused": torch_muon,
+    "DistMuon fp32": dist_muon(momentum_state="fp32"),
+    "DistMuon linear8": dist_muon(momentum_state="linear8"),
+    "DistMuon linear8, AdamW dynamic8": dist_muon(momentum_state="linear8", adamw_state="dynamic8"),
+}
+
+
+def measure(make: Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Optimizer]]) -> dict[str, float]:
+    optimizers = make(parameters())
+    times = []
+    extra = 0
+    for repeat in range(WARMUP + REPEATS):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for optimizer in optimizers:
+            optimizer.step()
+        end.record()
+        torch.cuda.synchronize()
+        if repeat >= WARMUP:
+            times.append(start.elapsed_time(end))
+            extra = max(extra, torch.cuda.max_memory_allocated() - before)
+    return {
+        "milliseconds": statistics.median(times),
+        "state_gib": sum(measured_state_bytes(optimizer) for optimizer in optimizers) / 2**30,
+        "extra_peak_gib": extra / 2**30,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    arguments = parser.parse_args()
+    figures = {}
+    for name, make in OPTIMIZERS.items():
+        figures[name] = measure(make)
+        torch.cuda.empty_cache()
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    print(f"Llama-3.2-1B parameters, bf16, one {machine['device']}, torch {machine['torch']}\n")
+    print(f"{'optimizer':<36}{'step':>12}{'state':>12}{'extra peak':>14}")
+    for name, f in figures.items():
+        print(f"{name:<36}{f['milliseconds']:>9.1f} ms{f['state_gib']:>8.2f} GiB{f['extra_peak_gib']:>10.2f} GiB")
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
