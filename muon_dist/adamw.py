@@ -45,7 +45,7 @@ class AdamWParameter:
 
     def update(self) -> None:
         """One AdamW step; nothing where there is no gradient or no element."""
-        gradient = local_gradient(self.parameter, self.name)
+        gradient = local_gradient(self.parameter)
         weight = local(self.parameter)
         if gradient is None or weight.numel() == 0:
             return

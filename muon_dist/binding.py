@@ -37,6 +37,11 @@ class Binding:
     adamw: tuple[AdamWParameter, ...]
     homes: dict[int, Home]  # by id() of the parameter
 
+    def update_adamw(self) -> None:
+        """The AdamW part of a step. Local."""
+        for p in self.adamw:
+            p.update()
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Names and parameters, those of Muon first."""
         yield from ((p.matrix.name, p.parameter) for p in self.muon)

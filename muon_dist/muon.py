@@ -53,7 +53,7 @@ class MuonParameter:
         """Takes the gradient into the momentum; returns what is to be orthogonalised, fp32. Zeros if it has none."""
         if rect != self.held:
             raise AssertionError(f"{self.matrix.name}: asked for {rect}, holds {self.held}")
-        gradient = local_gradient(self.parameter, self.matrix.name)
+        gradient = local_gradient(self.parameter)
         if gradient is None:
             return torch.zeros((rect.rows, rect.cols), device=self.momentum.device)
         g = gradient[rect.relative_to(self.stored).slices].float()

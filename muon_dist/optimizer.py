@@ -24,6 +24,7 @@ from torch.optim.optimizer import ParamsT
 
 from muon_dist.agreement import require_finite, require_same
 from muon_dist.binding import Binding, bind, named, signature
+from muon_dist.checkpoint import require_matching, require_same_members
 from muon_dist.grouping import Grouping
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
 from muon_dist.muon import MuonParameter, MuonWork
@@ -43,7 +44,7 @@ from muon_dist.options import (
 from muon_dist.pipeline import Pipeline
 from muon_dist.plan import Plan, make_plan
 from muon_dist.polar import schedule
-from muon_dist.sharding import local, local_gradient
+from muon_dist.sharding import local, local_gradient, require_gradient_fits
 from muon_dist.wire import wire_format
 
 
@@ -111,6 +112,9 @@ class DistMuon(torch.optim.Optimizer):
         nonfinite: Nonfinite = "propagate",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        non_member: Any = dist.GroupMember.NON_GROUP_MEMBER
+        if process_group is non_member:
+            raise ValueError("this rank is not in process_group; construct the optimizer on its members only")
         self._options = Options(
             momentum_state=momentum_state,
             block_size=block_size,
@@ -176,14 +180,15 @@ class DistMuon(torch.optim.Optimizer):
                 loss = closure()
         binding = self._bind()
         self._connect(binding)
+        for name, p in binding.named_parameters():
+            require_gradient_fits(p, name)
         if self._options.nonfinite == "raise":
             self._require_finite(binding)
-        pending = [self._update_adamw] if binding.adamw else []
-        for pipeline, work in self._pipelines:
-            # AdamW's update needs no exchange: it fills the time while the first chunk travels.
-            pipeline.run(work, meanwhile=pending.pop() if pending else _nothing)
-        for update in pending:
-            update()
+        # AdamW's update needs no exchange: it fills the time while the first chunk travels.
+        for i, (pipeline, work) in enumerate(self._pipelines):
+            pipeline.run(work, meanwhile=binding.update_adamw if i == 0 else _nothing)
+        if not self._pipelines:
+            binding.update_adamw()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,9 +208,9 @@ class DistMuon(torch.optim.Optimizer):
         saved = state_dict["state"]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         ours = list(named(self.param_groups))
-        _require_same_members(state_dict["param_groups"], self.param_groups)
+        require_same_members(state_dict["param_groups"], self.param_groups)
         for key, (name, parameter, _) in zip(keys, ours, strict=True):
-            _require_matching(name, saved.get(key, {}), self.state.get(parameter, {}))
+            require_matching(name, saved.get(key, {}), self.state.get(parameter, {}))
         scalars = {
             key: {k: v for k, v in entries.items() if not isinstance(v, Tensor)} for key, entries in saved.items()
         }
@@ -270,15 +275,11 @@ class DistMuon(torch.optim.Optimizer):
                 lines.append(f"{name} {tuple(p.shape)} {p.dtype} {home.mesh_shape} {home.placements} {options}")
         return lines
 
-    def _update_adamw(self) -> None:
-        for p in self._bind().adamw:
-            p.update()
-
     def _require_finite(self, binding: Binding) -> None:
         gradients = [
             (name, gradient)
             for name, p in binding.named_parameters()
-            if (gradient := local_gradient(p, name)) is not None and gradient.numel()
+            if (gradient := local_gradient(p)) is not None and gradient.numel()
         ]
         groups = [g for ranks in sorted({h.ranks for h in binding.homes.values()}) if (g := self._group_of(ranks))]
         device = next((p.device for _, p in binding.named_parameters()), torch.device("cpu"))
@@ -290,37 +291,6 @@ def _common_device(parameters: Iterable[MuonParameter]) -> torch.device:
     if len(devices) > 1:
         raise ValueError(f"matrices lie on several devices of one rank: {devices}; move them to one")
     return next(iter(devices))
-
-
-def _require_same_members(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
-    """Raises ValueError unless the saved groups have our algorithms and, where known, parameters."""
-    described = [
-        [(g.get("algorithm"), g.get("param_names") or f"{len(g['params'])} parameters") for g in groups]
-        for groups in (saved, ours)
-    ]
-    if described[0] != described[1]:
-        raise ValueError(
-            f"the saved state has the groups {described[0]}, the optimizer {described[1]}; construct it with the "
-            f"parameters, in the order and with the overrides, that the state was saved with"
-        )
-
-
-def _require_matching(name: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a parameter's saved state fits the one that the optimizer would have made."""
-    if not saved:
-        return
-    if saved.keys() != ours.keys():
-        raise ValueError(
-            f"{name}: the saved state has {sorted(saved)}, the optimizer keeps {sorted(ours)}; construct it with the "
-            f"momentum_state and adamw_state that the state was saved with"
-        )
-    for key, value in ours.items():
-        theirs = saved[key]
-        if isinstance(value, Tensor) and (theirs.shape != value.shape or theirs.dtype != value.dtype):
-            raise ValueError(
-                f"{name}: the saved {key} is {theirs.dtype} {tuple(theirs.shape)}, expected {value.dtype} "
-                f"{tuple(value.shape)}; construct the optimizer with the block_size and layout that it was saved with"
-            )
 
 
 def _nothing() -> None:

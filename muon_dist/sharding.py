@@ -174,20 +174,24 @@ def unsupported_placement(parameter: Tensor) -> str | None:
     return None
 
 
-def local_gradient(parameter: Tensor, name: str) -> Tensor | None:
-    """This rank's part of ``parameter.grad``, laid out as the parameter's own; None where there is no gradient.
+def require_gradient_fits(parameter: Tensor, name: str) -> None:
+    """Raises ValueError unless the gradient, if there is one, is dense and lies where the parameter lies."""
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    if gradient.layout is not torch.strided:
+        raise ValueError(f"{name} has a sparse gradient; build its module with sparse=False")
+    meshes = [t.device_mesh if isinstance(t, DTensor) else "every rank of its own" for t in (parameter, gradient)]
+    if meshes[0] != meshes[1]:
+        raise ValueError(f"{name} lies on {meshes[0]} but its gradient on {meshes[1]}; give both the same mesh")
 
-    Raises:
-        ValueError: the gradient is sparse, or lies on another mesh than the parameter.
-    """
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """This rank's part of ``parameter.grad``, laid out as the parameter's own; None where there is no gradient."""
     gradient = parameter.grad
     if gradient is None:
         return None
-    if gradient.is_sparse:
-        raise ValueError(f"{name} has a sparse gradient; build its module with sparse=False")
     if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
-        if gradient.device_mesh != parameter.device_mesh:
-            raise ValueError(f"{name} lies on {parameter.device_mesh} but its gradient on {gradient.device_mesh}")
         # Sequence parallelism leaves the gradients of replicated parameters as partial sums.
         gradient = gradient.redistribute(placements=parameter.placements)
     part = local(gradient)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from muon_dist import DistMuon
 from muon_dist.codecs import CODECS
+from muon_dist.sharding import local
 from tests.ranks import run_ranks
 
 
@@ -150,6 +152,25 @@ def test_another_order_of_parameters_raises_instead_of_hanging() -> None:
             DistMuon(named[:: 1 - 2 * rank]).step()
 
     run_ranks(2, check)
+
+
+def test_a_gradient_on_another_mesh_is_refused_before_anything_changes() -> None:
+    def check(rank: int) -> None:
+        mesh, other = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+        before = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)])
+        p, q = (nn.Parameter(before.clone()) for _ in range(2))
+        p.grad = p.detach().clone()
+        q.grad = distribute_tensor(torch.ones(8, 8), other, [Shard(0), Shard(0)])
+        optimizer = DistMuon([("p", p), ("q", q)])
+        with pytest.raises(ValueError, match=r"q lies on DeviceMesh.* but its gradient on DeviceMesh.*same mesh"):
+            optimizer.step()
+        assert torch.equal(local(p), before.to_local())
+        subgroup = dist.new_group([0, 1])
+        if rank >= 2:
+            with pytest.raises(ValueError, match="this rank is not in process_group"):
+                DistMuon([("p", p)], process_group=subgroup)
+
+    run_ranks(4, check)
 
 
 def test_layouts_that_cannot_be_followed_are_refused_by_name() -> None:
