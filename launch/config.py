@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from muon_dist.options import MomentumState
+from muon_dist.options import DEFAULT_BLOCK_SIZE, MomentumState, Polar, Wire
 
 EngineName = Literal["fsdp2", "ddp", "single"]
 ModelName = Literal["nano", "tiny", "small", "85m", "300m", "1b"]
@@ -38,6 +38,9 @@ class TrainConfig:
 
     optimizer: Annotated[OptimizerName, "which optimizer; all three split the parameters alike"] = "dist_muon"
     momentum_state: Annotated[MomentumState, "how dist_muon stores its momentum"] = "linear8"
+    block_size: Annotated[int, "elements of a row that share a scale in the 8-bit states"] = DEFAULT_BLOCK_SIZE
+    polar: Annotated[Polar, "coefficients of dist_muon's Newton-Schulz iteration"] = "polar_express"
+    wire: Annotated[Wire, "how dist_muon's matrices travel"] = "bf16"
     lr: Annotated[float, "peak learning rate of the matrices that Muon updates"] = 2e-2
     adamw_lr: Annotated[float, "peak learning rate of everything that AdamW updates"] = 3e-3
     momentum: Annotated[float, "Muon's momentum"] = 0.95
@@ -53,7 +56,7 @@ class TrainConfig:
     resume: Annotated[bool, "continue from the newest checkpoint in --out, if there is one"] = False
 
     def __post_init__(self) -> None:
-        at_least_one = ("replicas", "sequence_length", "batch_size", "accumulation_steps", "steps")
+        at_least_one = ("replicas", "sequence_length", "batch_size", "accumulation_steps", "steps", "block_size")
         for name in (*at_least_one, "log_every", "eval_every", "eval_sequences"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")

@@ -30,6 +30,9 @@ def build_optimizers(config: TrainConfig, model: nn.Module) -> list[Optimizer]:
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
                 momentum_state=config.momentum_state,
+                block_size=config.block_size,
+                polar=config.polar,
+                wire=config.wire,
                 adamw_lr=config.adamw_lr,
                 adamw_betas=ADAMW_BETAS,
             )
@@ -54,7 +57,7 @@ def expected_state_bytes(config: TrainConfig, model: nn.Module, world_size: int)
     shards = world_size // config.replicas if config.engine == "fsdp2" else 1
     assignments = assign(model.named_parameters())
     if config.optimizer == "dist_muon":
-        options = Options(momentum_state=config.momentum_state)
+        options = Options(momentum_state=config.momentum_state, block_size=config.block_size)
         return estimated_state_bytes(assignments, shards=shards, replicas=world_size // shards, options=options)
     # Torch's optimizers keep fp32 and repeat it on every replica.
     options = Options(momentum_state="fp32")

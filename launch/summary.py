@@ -1,4 +1,4 @@
-"""Runs side by side: summary.json, loss.png and a table, from the folders that `muon-dist train` left.
+"""Runs side by side: summary.json, metrics.jsonl, loss.png and a table, from the folders that `muon-dist train` left.
 
 python -m muon_dist.launch.summary runs/quickstart
 """
@@ -89,6 +89,12 @@ def summarise(runs: list[Run]) -> dict[str, Any]:
     }
 
 
+def write_records(runs: list[Run], path: Path) -> None:
+    """The records of all runs in one file, each with the name of its run."""
+    lines = [json.dumps({"run": run.name, **record}) for run in runs for record in run.records]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
 def plot(runs: list[Run], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -137,9 +143,10 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     runs = load_runs(folder)
     (folder / "summary.json").write_text(json.dumps(summarise(runs), indent=2) + "\n")
+    write_records(runs, folder / "metrics.jsonl")
     plot(runs, folder / "loss.png")
     print(table(runs))
-    print(f"\nwritten: {folder}/summary.json, {folder}/loss.png")
+    print(f"\nwritten: {folder}/summary.json, {folder}/metrics.jsonl, {folder}/loss.png")
 
 
 if __name__ == "__main__":

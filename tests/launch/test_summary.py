@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from muon_dist.launch.summary import load_runs, plot, summarise, table
+from muon_dist.launch.summary import load_runs, plot, summarise, table, write_records
 
 
 def write_run(folder: Path, optimizer: str, momentum_state: str, steps: int, loss: float, state: int) -> None:
@@ -59,6 +59,13 @@ def test_table_compares_only_runs_of_equal_length(folder: Path) -> None:
 def test_plot_is_written(folder: Path) -> None:
     plot(load_runs(folder), folder / "loss.png")
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_records_of_all_runs_are_in_one_file(folder: Path) -> None:
+    write_records(load_runs(folder), folder / "metrics.jsonl")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {record["run"] for record in records} == {"linear8", "fp32", "adamw"}
+    assert len(records) == 12
 
 
 def test_no_run_is_named(tmp_path: Path) -> None:
