@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from muon_dist import kernels
 from muon_dist.codecs import Codec
 from muon_dist.codecs.full import Full
 from muon_dist.sharding import local, local_gradient
 from muon_dist.state import StoredTensor
+
+if kernels.HAS_TRITON:
+    from muon_dist.kernels import adamw as adamw_kernels
 
 # Elements decoded at a time: bounds the fp32 temporaries at three times 64 MiB for any embedding.
 _SLICE_ELEMENTS = 1 << 24
@@ -50,18 +54,32 @@ class AdamWParameter:
         if gradient is None or weight.numel() == 0:
             return
         first, second = self.exp_avg.buffers(self.state), self.exp_avg_sq.buffers(self.state)
+        self.state["step"] += 1
+        if kernels.usable_on(weight.device) and weight.is_contiguous() and gradient.is_contiguous():
+            adamw_kernels.adamw(
+                _as_matrix(weight),
+                _as_matrix(gradient),
+                self.state["step"],
+                self.exp_avg.codec.for_kernels(first),
+                self.exp_avg_sq.codec.for_kernels(second),
+                self.group["lr"],
+                self.group["betas"],
+                self.group["eps"],
+                self.group["weight_decay"],
+            )
+            return
         for rows in _row_slices(weight):
             m = _Opened(self.exp_avg.codec, first, rows)
             v = _Opened(self.exp_avg_sq.codec, second, rows)
             w = _cut(weight, rows)
-            wide = w.float()  # w itself where it is fp32 already
+            wide = w.float().contiguous()  # w itself where it is that already
             adamw(
                 [wide],
-                [_cut(gradient, rows).float()],
+                [_cut(gradient, rows).float().contiguous()],
                 [m.values],
                 [v.values],
                 [],
-                [self.state["step"].clone()],  # adamw() counts it up, and every slice takes the same step
+                [self.state["step"] - 1],  # adamw() counts it up
                 fused=True,
                 amsgrad=False,
                 beta1=self.group["betas"][0],
@@ -75,7 +93,6 @@ class AdamWParameter:
                 w.copy_(wide)
             m.close()
             v.close()
-        self.state["step"] += 1
 
 
 class _Opened:
@@ -100,6 +117,11 @@ def _row_slices(weight: Tensor) -> Iterator[slice | None]:
     height = max(1, _SLICE_ELEMENTS // math.prod(weight.shape[1:]))
     for start in range(0, weight.shape[0], height):
         yield slice(start, start + height)
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """[rows, cols], keeping the last dimension, along which blocks lie."""
+    return tensor.view(-1, tensor.shape[-1] if tensor.ndim else 1)
 
 
 def _cut(tensor: Tensor, rows: slice | None) -> Tensor:

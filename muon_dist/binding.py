@@ -105,7 +105,6 @@ def bind(
                     group=group,
                     state=state[p],
                     momentum=momentum_of((rows, cols), home, rank, options, mesh, p.device),
-                    held=rect_of(rows, cols, home, home.momentum_placements, rank),
                     stored=rect_of(rows, cols, home, home.placements, rank),
                 )
             )

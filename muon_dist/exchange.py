@@ -51,11 +51,11 @@ class Exchange:
         self.lent = chunk.lent(rank, ranks, wire) if self.replicated else empty
         self.wanted = chunk.wanted(rank, ranks, wire) if self.replicated else empty
 
-    def pack_held(self, piece_of: Callable[[int, Rect], Tensor], buffers: Buffers) -> None:
-        """Packs ``piece_of(matrix, rect)``, ``[rect.rows, rect.cols]`` and floating point, of every held piece."""
+    def pack_held(self, pack: Callable[[int, Rect, Tensor], None], buffers: Buffers) -> None:
+        """Calls ``pack(matrix, rect, packed)`` to fill the bytes of every held piece (uint8, in the wire format)."""
         for parcel in self.held.parcels:
             for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffers.held), strict=True):
-                self._wire.pack(piece_of(matrix, parcel.rect).unsqueeze(0), packed.unsqueeze(0))
+                pack(matrix, parcel.rect, packed)
 
     def gather(self, buffers: Buffers) -> dist.Work | None:
         """Starts the way from the holders to the owners."""
@@ -98,13 +98,12 @@ class Exchange:
         return self._trade(buffers.lent, self.lent, buffers.wanted, self.wanted)
 
     def unpack_updates(self, apply: Callable[[int, Rect, Tensor], None], buffers: Buffers) -> None:
-        """Calls ``apply(matrix, rect, update)`` for every piece that this rank wants."""
+        """Calls ``apply(matrix, rect, packed)`` with the bytes of every piece that this rank wants."""
         spread = self.replicated and self._group is not None
         side, buffer = (self.wanted, buffers.wanted) if spread else (self.held, buffers.held)
         for parcel in side.parcels:
-            updates = self._wire.unpack(_rows(parcel, buffer), parcel.rect.rows, parcel.rect.cols)
-            for matrix, update in zip(parcel.bundle.matrices, updates, strict=True):
-                apply(matrix, parcel.rect, update)
+            for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffer), strict=True):
+                apply(matrix, parcel.rect, packed)
 
     def _trade(self, sent: Tensor, sender: Side, received: Tensor, receiver: Side) -> dist.Work | None:
         if self._group is None:

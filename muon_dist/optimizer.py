@@ -252,7 +252,9 @@ class DistMuon(torch.optim.Optimizer):
                 require_same(self._describe(binding, ranks), group)
             if parameters:
                 plan = make_plan([p.matrix for p in parameters], len(ranks), self._wire, self._options.chunk_bytes)
-                work = MuonWork(parameters, self._schedule, self._options.polar_form, self._options.polar_dtype)
+                work = MuonWork(
+                    parameters, self._wire, self._schedule, self._options.polar_form, self._options.polar_dtype
+                )
                 device = _common_device(parameters)
                 self._pipelines.append((Pipeline(plan, self._wire, group, device), work))
         self._connected = binding

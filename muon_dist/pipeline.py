@@ -36,14 +36,14 @@ class _Waitable(Protocol):
 class MatrixWork(Protocol):
     """What is done to matrices; the loop says when. Matrices are known by their positions in the plan."""
 
-    def accumulate(self, matrix: int, rect: Rect) -> Tensor:
-        """Takes this rank's gradient into its momentum and returns what is to be orthogonalised, of one piece."""
+    def accumulate(self, matrix: int, rect: Rect, packed: Tensor) -> None:
+        """Takes this rank's gradient into its momentum and packs what is to be orthogonalised, of one piece."""
 
     def polar(self, matrices: Tensor) -> Tensor:
         """Polar factors of ``[n, rows, cols]``."""
 
-    def apply(self, matrix: int, rect: Rect, update: Tensor) -> None:
-        """Updates this rank's piece of the parameter."""
+    def apply(self, matrix: int, rect: Rect, packed: Tensor) -> None:
+        """Updates a piece of this rank's parameter from its packed update."""
 
 
 class Pipeline:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from muon_dist.codecs.blocks import SCALE_DTYPE, block_count
 from muon_dist.codecs.linear8 import Linear8
+from muon_dist.kernels import Encoded
 from muon_dist.options import Wire
 
 _ALIGNMENT = 16
@@ -25,6 +26,9 @@ class WireFormat(Protocol):
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes that one piece takes in the buffer."""
+
+    def for_kernels(self, packed: Tensor, rows: int, cols: int) -> Encoded:
+        """One piece (uint8 ``[nbytes]``) as kernels take it."""
 
     def pack(self, pieces: Tensor, out: Tensor) -> None:
         """Writes ``pieces`` (``[n, rows, cols]``, floating point) into ``out`` (uint8 ``[n, nbytes]``)."""
@@ -42,6 +46,10 @@ class FloatWire:
     def nbytes(self, rows: int, cols: int) -> int:
         return _aligned(rows * cols * self.dtype.itemsize)
 
+    def for_kernels(self, packed: Tensor, rows: int, cols: int) -> Encoded:
+        name = "fp32" if self.dtype == torch.float32 else "bf16"
+        return Encoded(name, {"": packed.view(self.dtype)[: rows * cols]})
+
     def pack(self, pieces: Tensor, out: Tensor) -> None:
         self.unpack(out, *pieces.shape[1:]).copy_(pieces)
 
@@ -57,6 +65,9 @@ class Int8Wire:
 
     def nbytes(self, rows: int, cols: int) -> int:
         return _aligned(rows * cols) + _aligned(rows * block_count(cols, self.codec.block) * SCALE_DTYPE.itemsize)
+
+    def for_kernels(self, packed: Tensor, rows: int, cols: int) -> Encoded:
+        return self.codec.for_kernels(self._buffers(packed, rows, cols))
 
     def pack(self, pieces: Tensor, out: Tensor) -> None:
         for piece, packed in zip(pieces, out, strict=True):

@@ -81,9 +81,10 @@ def test_the_adamw_part_is_torch_adamw(weight_decay: float) -> None:
         assert torch.equal(p, q)
 
 
-def test_8_bit_adamw_stays_near_fp32_also_in_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cols", [64, 150])
+def test_8_bit_adamw_stays_near_fp32_also_in_several_slices(cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muon_dist.adamw._SLICE_ELEMENTS", 1000)
-    ours, theirs = copies([(100, 64)])
+    ours, theirs = copies([(100, cols)])
     start = ours[0].detach().clone()
     mine = DistMuon([("embed.weight", ours[0])], adamw_state="dynamic8")
     run_both(ours, theirs, mine, torch.optim.AdamW(theirs, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0))
@@ -91,6 +92,19 @@ def test_8_bit_adamw_stays_near_fp32_also_in_several_slices(monkeypatch: pytest.
     assert float(state["step"]) == STEPS
     assert {t.dtype for key, t in state.items() if key.endswith("codes")} == {torch.uint8}
     assert float((ours[0] - theirs[0]).norm() / (theirs[0] - start).norm()) < 0.05
+
+
+def test_gradients_and_weights_may_have_any_strides() -> None:
+    ours, theirs = copies([(40, 24)])
+    turned = nn.Parameter(ours[0].detach().mT.contiguous().mT)
+    for algorithm in ("muon", "adamw"):
+        pair = [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in (turned, theirs[0])]
+        for p in pair:
+            torch.manual_seed(0)
+            p.grad = torch.randn(24, 40).mT if p is pair[0] else torch.randn(24, 40).mT.contiguous()
+            DistMuon([{"params": [p], "algorithm": algorithm}]).step()
+        assert pair[0].stride() != pair[1].stride()
+        assert torch.equal(*pair)
 
 
 def test_bf16_parameters_are_updated_in_fp32_arithmetic() -> None:

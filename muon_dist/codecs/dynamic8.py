@@ -16,6 +16,7 @@ from torch import Tensor
 
 from muon_dist.codecs.blocks import SCALE_DTYPE, SMALLEST_SCALE, block_count, from_blocks, reciprocal, to_blocks
 from muon_dist.codecs.protocol import BufferSpec
+from muon_dist.kernels import Encoded
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Dynamic8:
             "scales": BufferSpec((*shape[:-1], block_count(shape[-1], self.block)), SCALE_DTYPE),
         }
 
+    def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
+        return Encoded(self.name, buffers, self.block, _map_on(buffers["codes"].device, self.signed))
+
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         blocks = to_blocks(values, self.block)  # [..., blocks, block]
         high, low = blocks.amax(-1), blocks.amin(-1)
@@ -53,7 +57,7 @@ class Dynamic8:
         codes, scales = buffers["codes"], buffers["scales"]
         levels, _ = _map_on(codes.device, self.signed)
         fractions = levels[to_blocks(codes, self.block).int()]
-        return from_blocks(fractions.mul_(scales.float().unsqueeze(-1)), codes.shape[-1])
+        return from_blocks(fractions.mul_(scales.float().unsqueeze(-1)), codes.shape[-1]).contiguous()
 
 
 def dynamic_map(signed: bool) -> list[float]:

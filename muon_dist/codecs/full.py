@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from muon_dist.codecs.protocol import BufferSpec
+from muon_dist.kernels import Encoded
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,11 @@ class Full:
     def buffers(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
         return {"": BufferSpec(tuple(shape), self.dtype)}
 
+    def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
+        return Encoded(self.name, buffers)
+
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         buffers[""].copy_(values)
 
     def decode(self, buffers: Mapping[str, Tensor]) -> Tensor:
-        return buffers[""].to(torch.float32, copy=True)
+        return buffers[""].to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from muon_dist.codecs.blocks import SCALE_DTYPE, SMALLEST_SCALE, block_count, from_blocks, reciprocal, to_blocks
 from muon_dist.codecs.protocol import BufferSpec
+from muon_dist.kernels import Encoded
 
 _LEVELS = 127.0
 
@@ -32,6 +33,9 @@ class Linear8:
             "scales": BufferSpec((*shape[:-1], block_count(shape[-1], self.block)), SCALE_DTYPE),
         }
 
+    def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
+        return Encoded(self.name, buffers, self.block)
+
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         blocks = to_blocks(values, self.block)  # [..., blocks, block]
         largest = blocks.abs().amax(-1)
@@ -45,4 +49,4 @@ class Linear8:
         # Times the fp32 nearest to 1/127 first: 127 of it is exactly 1, so the largest element decodes to the scale
         # itself.
         fractions = to_blocks(codes, self.block).float().mul_(1 / _LEVELS)
-        return from_blocks(fractions.mul_(scales.float().unsqueeze(-1)), codes.shape[-1])
+        return from_blocks(fractions.mul_(scales.float().unsqueeze(-1)), codes.shape[-1]).contiguous()

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from muon_dist.kernels import Encoded
+
 
 class BufferSpec(NamedTuple):
     """Shape and dtype of one stored tensor. All its dimensions but the last are the state's, so it shards with them."""
@@ -33,5 +35,8 @@ class Codec(Protocol):
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """Writes ``values`` (fp32) into ``buffers``, in place."""
 
+    def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
+        """The stored values as kernels take them."""
+
     def decode(self, buffers: Mapping[str, Tensor]) -> Tensor:
-        """The stored values: fp32, in memory of their own."""
+        """The stored values: fp32, contiguous, in memory of their own."""

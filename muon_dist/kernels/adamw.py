@@ -1,0 +1,102 @@
+"""AdamW in one pass over a parameter and both moments, fp32 or dynamic8.
+
+Reference: ``AdamWParameter.update`` in ``muon_dist/adamw.py``.
+
+Source of the update: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from muon_dist.kernels import Encoded
+from muon_dist.kernels.tiles import Tiling, load_tile, store_tile, tile_of
+
+
+def adamw(
+    weight: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    first: Encoded,
+    second: Encoded,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step.
+
+    Args:
+        weight, gradient: [rows, cols], contiguous, fp32, bf16 or fp16.
+        step: fp32 scalar on the same device: the number of this step, from 1.
+        first, second: the moments, in one format and block; updated in place.
+    """
+    rows, cols = weight.shape
+    grid, constants = Tiling.of(rows, cols, first, second)
+    _adamw[grid](
+        weight,
+        gradient,
+        step,
+        *first.pointers,
+        *second.pointers,
+        rows,
+        cols,
+        grid[1],
+        lr,
+        1 - betas[0],
+        1 - betas[1],
+        math.log2(betas[0]) if betas[0] else -math.inf,
+        math.log2(betas[1]) if betas[1] else -math.inf,
+        eps,
+        1 - lr * weight_decay,
+        FORMAT=first.format,
+        **constants,
+    )
+
+
+@triton.jit
+def _adamw(
+    weight,
+    gradient,
+    step,
+    first,
+    first_scales,
+    first_levels,
+    first_borders,
+    second,
+    second_scales,
+    second_levels,
+    second_borders,
+    rows,
+    cols,
+    blocks,
+    lr,
+    weight1,
+    weight2,
+    log2_beta1,
+    log2_beta2,
+    eps,
+    decay,
+    FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row, col, mask = tile_of(rows, cols, BLOCK, ROWS, COLS)
+    g = tl.load(gradient + row * cols + col, mask=mask, other=0).to(tl.float32)
+    w = tl.load(weight + row * cols + col, mask=mask, other=0).to(tl.float32)
+    m = load_tile(first, first_scales, first_levels, row, col, mask, rows, cols, blocks, FORMAT)
+    v = load_tile(second, second_scales, second_levels, row, col, mask, rows, cols, blocks, FORMAT)
+    m += weight1 * (g - m)
+    v += weight2 * (g * g - v)
+    store_tile(m, first, first_scales, first_borders, row, col, mask, rows, cols, blocks, FORMAT)
+    store_tile(v, second, second_scales, second_borders, row, col, mask, rows, cols, blocks, FORMAT)
+    t = tl.load(step)
+    correction1 = 1 - tl.exp2(t * log2_beta1)
+    correction2 = 1 - tl.exp2(t * log2_beta2)
+    w = w * decay - (lr / correction1) * m / (tl.sqrt(v / correction2) + eps)
+    tl.store(weight + row * cols + col, w, mask=mask)

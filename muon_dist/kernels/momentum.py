@@ -1,0 +1,117 @@
+"""accumulate and apply, each in one pass: what a rank does to its piece of a matrix before and after the exchange.
+
+References: ``MuonParameter.accumulate`` and ``MuonParameter.apply`` in ``muon_dist/muon.py``. No autotuning: a kernel
+    that updates in place must run once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from muon_dist.kernels import Encoded
+from muon_dist.kernels.tiles import Tiling, load_tile, store_tile, tile_of
+
+
+def accumulate(gradient: Tensor, momentum: Encoded, packed: Encoded, beta: float, nesterov: bool) -> None:
+    """Takes a gradient into a stored momentum and packs what is to be orthogonalised.
+
+    Args:
+        gradient: [rows, cols], fp32, bf16 or fp16; rows may have any stride, columns lie side by side.
+        momentum: updated in place.
+        packed: written. Its blocks agree with the momentum's.
+        beta, nesterov: as in Muon.
+    """
+    rows, cols = gradient.shape
+    grid, constants = Tiling.of(rows, cols, momentum, packed)
+    _accumulate[grid](
+        gradient,
+        gradient.stride(0),
+        *momentum.pointers,
+        *packed.pointers[:2],
+        rows,
+        cols,
+        grid[1],
+        1 - beta,
+        MOMENTUM=momentum.format,
+        PACKED=packed.format,
+        NESTEROV=nesterov,
+        **constants,
+    )
+
+
+def apply(weight: Tensor, update: Encoded, decay: float, factor: float) -> None:
+    """``weight`` <- decay ``weight`` + factor update, in fp32 arithmetic.
+
+    Args:
+        weight: [rows, cols], fp32, bf16 or fp16; rows may have any stride, columns lie side by side.
+        update: of the same shape.
+    """
+    rows, cols = weight.shape
+    grid, constants = Tiling.of(rows, cols, update)
+    _apply[grid](
+        weight,
+        weight.stride(0),
+        *update.pointers[:2],
+        rows,
+        cols,
+        grid[1],
+        decay,
+        factor,
+        UPDATE=update.format,
+        **constants,
+    )
+
+
+@triton.jit
+def _accumulate(
+    gradient,
+    stride,
+    elements,
+    scales,
+    levels,
+    borders,
+    packed,
+    packed_scales,
+    rows,
+    cols,
+    blocks,
+    weight,
+    MOMENTUM: tl.constexpr,
+    PACKED: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row, col, mask = tile_of(rows, cols, BLOCK, ROWS, COLS)
+    g = tl.load(gradient + row * stride + col, mask=mask, other=0).to(tl.float32)
+    m = load_tile(elements, scales, levels, row, col, mask, rows, cols, blocks, MOMENTUM)
+    m += weight * (g - m)
+    store_tile(m, elements, scales, borders, row, col, mask, rows, cols, blocks, MOMENTUM)
+    if NESTEROV:
+        m -= weight * (m - g)
+    store_tile(m, packed, packed_scales, borders, row, col, mask, rows, cols, blocks, PACKED)
+
+
+@triton.jit
+def _apply(
+    weight,
+    stride,
+    elements,
+    scales,
+    rows,
+    cols,
+    blocks,
+    decay,
+    factor,
+    UPDATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row, col, mask = tile_of(rows, cols, BLOCK, ROWS, COLS)
+    u = load_tile(elements, scales, scales, row, col, mask, rows, cols, blocks, UPDATE)
+    w = tl.load(weight + row * stride + col, mask=mask, other=0).to(tl.float32)
+    tl.store(weight + row * stride + col, w * decay + factor * u, mask=mask)

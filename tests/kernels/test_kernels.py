@@ -1,0 +1,94 @@
+"""Kernels against the plain torch beside their callers: compiled on CUDA, in Triton's interpreter elsewhere.
+
+The same optimizer takes the same steps twice, once through kernels and once through the references.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from muon_dist import DistMuon, kernels
+from muon_dist.codecs import CODECS
+
+pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXACT = 1e-5
+# Rounding differs in the last bit, so a few elements fall to the neighbouring code; and the interpreter cuts elements
+# off to bf16 where compiled kernels round them.
+ROUNDED = 2e-3 if DEVICE == "cuda" else 1e-2
+# Whole tiles, ragged rows and columns, a single element; blocks that are powers of two and that are not.
+SHAPES = {"a.weight": (40, 256), "b.weight": (33, 150), "c.weight": (1, 1), "d.weight": (3, 700)}
+ADAMW_SHAPES = {"embed_tokens.weight": (33, 150), "norm.weight": (37,), "scale": ()}
+
+
+def train(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights, and decoded states, after two steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    named = [(name, nn.Parameter(random(shape))) for name, shape in shapes.items()]
+    optimizer = DistMuon(named, polar_dtype=torch.float32, **options)
+    for _ in range(2):
+        for _, p in named:
+            p.grad = random(tuple(p.shape))
+        optimizer.step()
+    binding = optimizer._bind()
+    stored = [(p.state, p.momentum) for p in binding.muon]
+    stored += [(p.state, moment) for p in binding.adamw for moment in (p.exp_avg, p.exp_avg_sq)]
+    return [p.detach().float() for _, p in named], [s.codec.decode(s.buffers(state)) for state, s in stored]
+
+
+def require_equal(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tolerance: float, **options: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "usable_on", lambda device: False)
+        expected = train(shapes, dtype, **options)
+        patch.setattr(kernels, "usable_on", lambda device: True)
+        found = train(shapes, dtype, **options)
+    for ours, theirs in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        assert float((ours - theirs).norm()) <= tolerance * float(theirs.norm())
+
+
+@pytest.mark.parametrize("momentum_state", CODECS)
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("block_size", [128, 50])
+def test_accumulate_and_apply(momentum_state: str, wire: str, block_size: int) -> None:
+    tolerance = EXACT if momentum_state == wire == "fp32" else ROUNDED
+    require_equal(
+        SHAPES,
+        torch.float32,
+        tolerance,
+        momentum_state=momentum_state,
+        wire=wire,
+        block_size=block_size,
+        nesterov=wire != "fp32",
+    )
+
+
+@pytest.mark.parametrize("adamw_state", ["fp32", "dynamic8"])
+@pytest.mark.parametrize("block_size", [128, 50])
+def test_adamw(adamw_state: str, block_size: int) -> None:
+    tolerance = EXACT if adamw_state == "fp32" else ROUNDED
+    require_equal(ADAMW_SHAPES, torch.float32, tolerance, adamw_state=adamw_state, block_size=block_size, adamw_lr=0.01)
+
+
+def test_bf16_parameters_and_gradients() -> None:
+    require_equal({**SHAPES, **ADAMW_SHAPES}, torch.bfloat16, 2 * ROUNDED, adamw_state="dynamic8")
+
+
+@pytest.mark.parametrize("momentum_state", CODECS)
+def test_nan_stays_visible(momentum_state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "usable_on", lambda device: True)
+    p = nn.Parameter(torch.ones(4, 8, device=DEVICE))
+    p.grad = torch.ones_like(p)
+    p.grad[1, 3] = float("nan")
+    optimizer = DistMuon([("w", p)], momentum_state=momentum_state)
+    optimizer.step()
+    (bound,) = optimizer._bind().muon
+    assert bound.momentum.codec.decode(bound.momentum.buffers(bound.state))[1, 3].isnan()
