@@ -1,9 +1,9 @@
-"""The polar factor by Newton-Schulz: batched, in the standard and in the Gram form. Plain torch.
+"""The polar factor by Newton-Schulz: batched, in the standard and in the Gram form.
 
 For M = U S V^T the polar factor is U V^T: M with all its singular values set to one. Both forms apply the same odd
 polynomials to the singular values; they differ in what they multiply. With s <= l the sides of the matrix:
 
-- standard form: each iteration multiplies the whole [s, l] matrix; 4 s^2 l + 2 s^3 FLOPs an iteration.
+- standard form: each iteration multiplies the whole [s, l] matrix; 3 s^2 l + s^3 FLOPs an iteration.
 - Gram form: iterates on the [s, s] Gram matrix and multiplies the whole matrix only once before the restart and once
   at the end; cheaper from about l = 2 s on. Source: Gram Newton-Schulz,
   https://github.com/Dao-AILab/gram-newton-schulz.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from muon_dist.options import PolarForm
 from muon_dist.polar.coefficients import Schedule, Triple
+from muon_dist.polar.products import symmetric_product
 
 # From this ratio of the sides on, the Gram form needs fewer FLOPs.
 GRAM_FROM_ASPECT = 2.0
@@ -60,34 +61,31 @@ def polar_factor(
 
 
 def _standard_form(x: Tensor, coefficients: tuple[Triple, ...]) -> Tensor:
-    """X <- a X + (b A + c A^2) X with A = X X^T, once for each triple. ``x`` is ``[n, s, l]``."""
-    for a, b, c in coefficients:
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    """X <- P X with P = a I + b R + c R^2 and R = X X^T, once for each triple. ``x`` is ``[n, s, l]``."""
+    for triple in coefficients:
+        x = torch.bmm(_iteration(symmetric_product(x, x), triple), x)
     return x
 
 
 def _gram_form(x: Tensor, coefficients: tuple[Triple, ...]) -> Tensor:
-    """The same map as :func:`_standard_form`, collected in Q: the result is Q X. P = a I + b R + c R^2.
+    """The same map as :func:`_standard_form`, collected in Q: the result is Q X.
 
     Q, P and the Gram matrix R are polynomials of the same symmetric matrix: they commute and stay symmetric.
     """
     for segment in (coefficients[:RESTART_AFTER], coefficients[RESTART_AFTER:]):
         if not segment:
             continue
-        r = torch.bmm(x, x.mT)
+        r = symmetric_product(x, x)
         q = p = _iteration(r, segment[0])
         for triple in segment[1:]:
-            r = torch.bmm(torch.bmm(p, r), p)
+            r = symmetric_product(symmetric_product(p, r), p)
             p = _iteration(r, triple)
-            q = torch.bmm(q, p)
+            q = symmetric_product(q, p)
         x = torch.bmm(q, x)
     return x
 
 
 def _iteration(gram: Tensor, triple: Triple) -> Tensor:
-    """a I + b R + c R^2 for Gram matrices R, ``[n, s, s]``."""
+    """P = a I + b R + c R^2 for Gram matrices R, ``[n, s, s]``."""
     a, b, c = triple
-    p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    p.diagonal(dim1=-2, dim2=-1).add_(a)
-    return p
+    return symmetric_product(gram, gram, add=gram, alpha=c, beta=b, diagonal=a)

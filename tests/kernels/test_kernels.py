@@ -22,8 +22,13 @@ EXACT = 1e-5
 # off to bf16 where compiled kernels round them.
 ROUNDED = 2e-3 if DEVICE == "cuda" else 1e-2
 # Whole tiles, ragged rows and columns, a single element; blocks that are powers of two and that are not.
-SHAPES = {"a.weight": (40, 256), "b.weight": (33, 150), "c.weight": (1, 1), "d.weight": (3, 700)}
-ADAMW_SHAPES = {"embed_tokens.weight": (33, 150), "norm.weight": (37,), "scale": ()}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "a.weight": (40, 256),
+    "b.weight": (33, 150),
+    "c.weight": (1, 1),
+    "d.weight": (3, 700),
+}
+ADAMW_SHAPES: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (33, 150), "norm.weight": (37,), "scale": ()}
 
 
 def train(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, **options: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,0 +1,36 @@
+"""The symmetric product against its reference: compiled on CUDA, in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from muon_dist import kernels
+from muon_dist.polar.products import symmetric_product
+from tests.kernels.test_kernels import DEVICE
+
+if not kernels.HAS_TRITON:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from muon_dist.kernels import symmetric as symmetric_kernels
+
+
+@pytest.mark.parametrize(("n", "s", "k"), [(1, 128, 64), (2, 200, 104), (1, 392, 136)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gram_matrix(n: int, s: int, k: int, dtype: torch.dtype) -> None:
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter does not multiply bf16 that came through a descriptor")
+    torch.manual_seed(0)
+    x = torch.randn(n, s, k, device=DEVICE).to(dtype)
+    expected = symmetric_product(x.float(), x.float())
+    found = symmetric_kernels.symmetric_product(x, x, None, 1.0, 0.0, 0.0)
+    assert float((found.float() - expected).norm() / expected.norm()) < 8e-3
+
+
+def test_a_polynomial_of_a_symmetric_matrix() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 264, 264, device=DEVICE) / 16
+    gram = (x @ x.mT).half()
+    expected = symmetric_product(gram.float(), gram.float(), add=gram.float(), alpha=0.5, beta=-2.0, diagonal=3.0)
+    found = symmetric_kernels.symmetric_product(gram, gram, gram, 0.5, -2.0, 3.0)
+    assert float((found.float() - expected).norm() / expected.norm()) < 2e-3
