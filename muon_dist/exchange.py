@@ -43,7 +43,7 @@ class Exchange:
         rank, ranks = (group.rank(), group.size()) if group is not None else (0, 1)
         self._wire = wire
         self._group = group
-        self.owned_bundles = tuple(bundle for bundle in chunk.bundles if bundle.owner == rank)
+        self._owned_bundles = tuple(bundle for bundle in chunk.bundles if bundle.owner == rank)
         self.replicated = chunk.replicated
         self.held = chunk.held(rank, ranks, wire)
         self.owned = chunk.owned(rank, ranks, wire)
@@ -61,28 +61,24 @@ class Exchange:
         """Starts the way from the holders to the owners."""
         return self._trade(buffers.held, self.held, buffers.owned, self.owned)
 
-    def unpack_owned(self, buffers: Buffers) -> list[Tensor]:
-        """Whole matrices: ``[n, rows, cols]`` for each owned bundle.
+    def replace_owned(self, function: Callable[[Tensor], Tensor], buffers: Buffers) -> None:
+        """Replaces the owned matrices by what ``function`` makes of them, ``[n, rows, cols]`` a bundle.
 
-        Tall matrices are laid out as their transposes, the way the polar factor wants them, and returned as views.
+        Tall matrices are laid out as their transposes, the way the polar factor wants them, and given as views.
         """
-        stacks: dict[int, Tensor] = {}
-        for parcel in self.owned.parcels:
-            pieces = self._wire.unpack(_rows(parcel, buffers.owned), parcel.rect.rows, parcel.rect.cols)
-            stack = stacks.get(id(parcel.bundle))
-            if stack is None:
-                n, (rows, cols, _) = len(parcel.bundle.matrices), parcel.bundle.geometry
-                stack = pieces.new_empty((n, cols, rows)).mT if rows > cols else pieces.new_empty((n, rows, cols))
-                stacks[id(parcel.bundle)] = stack
-            stack[(slice(None), *parcel.rect.slices)] = pieces
-        return [stacks[id(bundle)] for bundle in self.owned_bundles]
-
-    def pack_owned(self, updates: Sequence[Tensor], buffers: Buffers) -> None:
-        """Packs the updates, ``[n, rows, cols]`` for each owned bundle, piece by piece."""
-        stacks = {id(bundle): update for bundle, update in zip(self.owned_bundles, updates, strict=True)}
-        for parcel in self.owned.parcels:
-            stack = stacks[id(parcel.bundle)]
-            self._wire.pack(stack[(slice(None), *parcel.rect.slices)], _rows(parcel, buffers.owned))
+        for bundle in self._owned_bundles:
+            parcels = [(p, _rows(p, buffers.owned)) for p in self.owned.parcels if p.bundle is bundle]
+            stack: Tensor | None = None
+            for parcel, packed in parcels:
+                pieces = self._wire.unpack(packed, parcel.rect.rows, parcel.rect.cols)
+                if stack is None:
+                    n, (rows, cols, _) = len(bundle.matrices), bundle.geometry
+                    stack = pieces.new_empty((n, cols, rows)).mT if rows > cols else pieces.new_empty((n, rows, cols))
+                stack[(slice(None), *parcel.rect.slices)] = pieces
+            assert stack is not None, "every matrix has a piece"
+            stack = function(stack)
+            for parcel, packed in parcels:
+                self._wire.pack(stack[(slice(None), *parcel.rect.slices)], packed)
 
     def scatter(self, buffers: Buffers) -> dist.Work | None:
         """Starts the way from the owners back to the holders."""

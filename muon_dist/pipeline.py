@@ -71,7 +71,7 @@ class Pipeline:
             buffers = slots[k % _SLOTS]
             arrived.wait()
             with record_function("muon_dist.polar"):
-                exchange.pack_owned([work.polar(stack) for stack in exchange.unpack_owned(buffers)], buffers)
+                exchange.replace_owned(work.polar, buffers)
             returned = self._departed(exchange.scatter(buffers))
             with self._streams.stream(self._side), record_function("muon_dist.apply"):
                 returned.wait()

@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon_dist import DistMuon
+from muon_dist.options import PolarForm
+from muon_dist.polar import polar_factor, schedule
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -80,6 +82,17 @@ def test_nccl_ranks_equal_the_single_process(ranks: int, state: str, wire: str, 
             # cuBLAS picks other kernels for other batch sizes: equal to the rounding of fp16 arithmetic.
             error = float((weight - whole[name]).norm() / (whole[name] - start[name]).norm())
             assert error < 5e-3, (rank, name, error)
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize("shape", [(4, 2048, 2048), (2, 2048, 5504), (2, 5504, 2048)])
+def test_large_polar_factors_are_those_of_fp32(form: PolarForm, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape, device="cuda")
+    exact = polar_factor(matrices, schedule("polar_express", 5), form="standard", dtype=torch.float32)
+    found = polar_factor(matrices, schedule("polar_express", 5), form=form)
+    assert found.dtype == torch.float16
+    assert float((found.float() - exact).norm() / exact.norm()) < 0.02
 
 
 def test_a_step_never_waits_for_the_device() -> None:

@@ -15,19 +15,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 TILE = 128
 _DEPTH = 64
-# From this size on, half the tiles at this kernel's speed beat all tiles at cuBLAS's.
-SMALLEST = 512
+# Below these, cuBLAS is faster: small matrices, and fewer tiles than two for each of the chip's 132 multiprocessors.
+SMALLEST_SIDE = 1024
+FEWEST_TILES = 256
 
 
 def fits(a: Tensor) -> bool:
     """Whether the kernel can, and should, multiply ``a``, [n, s, k]: half precision, large, a bulk copy engine."""
+    n, s, k = a.shape
     return (
         a.dtype in (torch.float16, torch.bfloat16)
-        and a.shape[1] >= SMALLEST
-        and a.shape[1] % 8 == 0  # rows at multiples of 16 bytes
-        and a.shape[2] % 8 == 0
+        and s >= SMALLEST_SIDE
+        and n * _tiles(s) >= FEWEST_TILES
+        and s % 8 == k % 8 == 0  # rows at multiples of 16 bytes
         and torch.cuda.get_device_capability(a.device)[0] >= 9
     )
+
+
+def _tiles(s: int) -> int:
+    """Tiles on and below the diagonal."""
+    side = triton.cdiv(s, TILE)
+    return side * (side + 1) // 2
 
 
 def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, beta: float, diagonal: float) -> Tensor:
@@ -43,8 +51,9 @@ def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, be
     n, s, k = a.shape
     out = a.new_empty((n, s, s))
     result = TensorDescriptor.from_tensor(out, [1, TILE, TILE])
-    side = triton.cdiv(s, TILE)
-    _symmetric_product[(side * (side + 1) // 2, n)](
+    # Measured: deep pipelines pay for long inner loops only.
+    num_warps, num_stages = (8, 5) if k > s else (4, 3)
+    _symmetric_product[(_tiles(s), n)](
         TensorDescriptor.from_tensor(a, [1, TILE, _DEPTH]),
         TensorDescriptor.from_tensor(b, [1, TILE, _DEPTH]),
         result if add is None else TensorDescriptor.from_tensor(add, [1, TILE, TILE]),
@@ -56,8 +65,8 @@ def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, be
         ADD=add is not None,
         TILE=TILE,
         DEPTH=_DEPTH,
-        num_warps=8,
-        num_stages=4,
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
     return out
 

@@ -26,8 +26,8 @@ from muon_dist.polar.products import symmetric_product
 GRAM_FROM_ASPECT = 2.0
 # The Gram matrix is formed anew after this many iterations.
 RESTART_AFTER = 2
-# Matrices with a Frobenius norm below this are treated as zero: their polar factor is returned as about zero.
-SMALLEST_NORM = 1e-30
+# Matrices whose largest element is below this count as zero: so does, about, their polar factor.
+SMALLEST_ELEMENT = 1e-30
 
 
 def polar_factor(
@@ -50,9 +50,13 @@ def polar_factor(
     tall = matrices.shape[-2] > matrices.shape[-1]
     wide = matrices.mT if tall else matrices
     batch = wide.reshape(-1, *wide.shape[-2:])  # [n, s, l], s <= l
-    # The norm in fp64: squares of elements below 1e-23 are zero in fp32.
-    norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=torch.float64).clamp_(min=SMALLEST_NORM)
-    x = (batch * (schedule.margin * norm).reciprocal_().float()).to(dtype)
+    # In two steps, each in one pass and without a copy in a wider type: to elements of at most one, whose squares
+    # neither overflow nor vanish, and to the norm.
+    largest = torch.linalg.vector_norm(batch, ord=torch.inf, dim=(-2, -1), keepdim=True).float()
+    x = torch.empty(batch.shape, dtype=dtype, device=batch.device)
+    torch.mul(batch, largest.clamp_(min=SMALLEST_ELEMENT).reciprocal_(), out=x)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    x.mul_(norm.clamp_(min=1.0).mul_(schedule.margin).reciprocal_())
     if form == "auto":
         form = "gram" if x.shape[-1] >= GRAM_FROM_ASPECT * x.shape[-2] else "standard"
     iterate = _gram_form if form == "gram" else _standard_form
