@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muon_dist.layout import Rect
-from muon_dist.plan import Chunk, Parcel, Side
+from muon_dist.plan import Bundle, Chunk, Parcel, Side
 from muon_dist.wire import WireFormat
 
 
@@ -62,23 +62,12 @@ class Exchange:
         return self._trade(buffers.held, self.held, buffers.owned, self.owned)
 
     def replace_owned(self, function: Callable[[Tensor], Tensor], buffers: Buffers) -> None:
-        """Replaces the owned matrices by what ``function`` makes of them, ``[n, rows, cols]`` a bundle.
-
-        Tall matrices are laid out as their transposes, the way the polar factor wants them, and given as views.
-        """
+        """Replaces the owned matrices by what ``function`` makes of them, ``[n, rows, cols]`` a bundle."""
         for bundle in self._owned_bundles:
             parcels = [(p, _rows(p, buffers.owned)) for p in self.owned.parcels if p.bundle is bundle]
-            stack: Tensor | None = None
+            updates = function(self._assembled(bundle, parcels))
             for parcel, packed in parcels:
-                pieces = self._wire.unpack(packed, parcel.rect.rows, parcel.rect.cols)
-                if stack is None:
-                    n, (rows, cols, _) = len(bundle.matrices), bundle.geometry
-                    stack = pieces.new_empty((n, cols, rows)).mT if rows > cols else pieces.new_empty((n, rows, cols))
-                stack[(slice(None), *parcel.rect.slices)] = pieces
-            assert stack is not None, "every matrix has a piece"
-            stack = function(stack)
-            for parcel, packed in parcels:
-                self._wire.pack(stack[(slice(None), *parcel.rect.slices)], packed)
+                self._wire.pack(updates[(slice(None), *parcel.rect.slices)], packed)
 
     def scatter(self, buffers: Buffers) -> dist.Work | None:
         """Starts the way from the owners back to the holders."""
@@ -100,6 +89,16 @@ class Exchange:
         for parcel in side.parcels:
             for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffer), strict=True):
                 apply(matrix, parcel.rect, packed)
+
+    def _assembled(self, bundle: Bundle, parcels: Sequence[tuple[Parcel, Tensor]]) -> Tensor:
+        """Whole matrices of a bundle, ``[n, rows, cols]``; those that lie in one piece are not copied."""
+        pieces = [(p.rect, self._wire.unpack(packed, p.rect.rows, p.rect.cols)) for p, packed in parcels]
+        if len(pieces) == 1:
+            return pieces[0][1]
+        stack = pieces[0][1].new_empty((len(bundle.matrices), bundle.geometry.rows, bundle.geometry.cols))
+        for rect, piece in pieces:
+            stack[(slice(None), *rect.slices)] = piece
+        return stack
 
     def _trade(self, sent: Tensor, sender: Side, received: Tensor, receiver: Side) -> dist.Work | None:
         if self._group is None:

@@ -42,7 +42,7 @@ def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, be
     """alpha A B^T + beta D + diagonal I.
 
     Args:
-        a, b: [n, s, k], contiguous, fp16 or bf16, with a symmetric A B^T.
+        a, b: [n, s, k], fp16 or bf16, with a symmetric A B^T; both contiguous, or both transposes of contiguous ones.
         add: D, [n, s, s], symmetric, of the same dtype; None for none.
 
     Returns:
@@ -51,17 +51,23 @@ def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, be
     n, s, k = a.shape
     out = a.new_empty((n, s, s))
     result = TensorDescriptor.from_tensor(out, [1, TILE, TILE])
+    transposed = a.stride(2) != 1
+    if transposed:
+        left, right = (TensorDescriptor.from_tensor(x.mT, [1, _DEPTH, TILE]) for x in (a, b))
+    else:
+        left, right = (TensorDescriptor.from_tensor(x, [1, TILE, _DEPTH]) for x in (a, b))
     # Measured: deep pipelines pay for long inner loops only.
     num_warps, num_stages = (8, 5) if k > s else (4, 3)
     _symmetric_product[(_tiles(s), n)](
-        TensorDescriptor.from_tensor(a, [1, TILE, _DEPTH]),
-        TensorDescriptor.from_tensor(b, [1, TILE, _DEPTH]),
+        left,
+        right,
         result if add is None else TensorDescriptor.from_tensor(add, [1, TILE, TILE]),
         result,
         k,
         alpha,
         beta,
         diagonal,
+        TRANSPOSED=transposed,
         ADD=add is not None,
         TILE=TILE,
         DEPTH=_DEPTH,
@@ -73,7 +79,18 @@ def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, be
 
 @triton.jit
 def _symmetric_product(
-    a, b, add, out, k, alpha, beta, diagonal, ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
+    a,
+    b,
+    add,
+    out,
+    k,
+    alpha,
+    beta,
+    diagonal,
+    TRANSPOSED: tl.constexpr,
+    ADD: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     # Tiles of the lower triangle, row by row: 0 | 1 2 | 3 4 5 | ...
     tile = tl.program_id(0)
@@ -83,9 +100,14 @@ def _symmetric_product(
     j = tile - i * (i + 1) // 2
     total = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, k, DEPTH):
-        left = a.load([batch, i * TILE, start]).reshape(TILE, DEPTH)
-        right = b.load([batch, j * TILE, start]).reshape(TILE, DEPTH)
-        total = tl.dot(left, right.T, total)
+        if TRANSPOSED:
+            left = a.load([batch, start, i * TILE]).reshape(DEPTH, TILE)
+            right = b.load([batch, start, j * TILE]).reshape(DEPTH, TILE)
+            total = tl.dot(left.T, right, total)
+        else:
+            left = a.load([batch, i * TILE, start]).reshape(TILE, DEPTH)
+            right = b.load([batch, j * TILE, start]).reshape(TILE, DEPTH)
+            total = tl.dot(left, right.T, total)
     total *= alpha
     if ADD:
         total += beta * add.load([batch, i * TILE, j * TILE]).reshape(TILE, TILE).to(tl.float32)

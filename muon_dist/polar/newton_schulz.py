@@ -20,7 +20,7 @@ from torch import Tensor
 
 from muon_dist.options import PolarForm
 from muon_dist.polar.coefficients import Schedule, Triple
-from muon_dist.polar.products import symmetric_product
+from muon_dist.polar.products import scaled, symmetric_product, times_symmetric
 
 # From this ratio of the sides on, the Gram form needs fewer FLOPs.
 GRAM_FROM_ASPECT = 2.0
@@ -47,27 +47,33 @@ def polar_factor(
     """
     if dtype is None:
         dtype = torch.float32 if matrices.device.type == "cpu" else torch.float16
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    wide = matrices.mT if tall else matrices
-    batch = wide.reshape(-1, *wide.shape[-2:])  # [n, s, l], s <= l
-    # In two steps, each in one pass and without a copy in a wider type: to elements of at most one, whose squares
-    # neither overflow nor vanish, and to the norm.
-    largest = torch.linalg.vector_norm(batch, ord=torch.inf, dim=(-2, -1), keepdim=True).float()
-    x = torch.empty(batch.shape, dtype=dtype, device=batch.device)
-    torch.mul(batch, largest.clamp_(min=SMALLEST_ELEMENT).reciprocal_(), out=x)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x.mul_(norm.clamp_(min=1.0).mul_(schedule.margin).reciprocal_())
+    rows, cols = matrices.shape[-2:]
+    x = _normalised(matrices.reshape(-1, rows, cols).contiguous(), schedule.margin, dtype)
+    if rows > cols:
+        x = x.mT  # [n, s, l] with s <= l from here on; the memory stays as it is
     if form == "auto":
         form = "gram" if x.shape[-1] >= GRAM_FROM_ASPECT * x.shape[-2] else "standard"
-    iterate = _gram_form if form == "gram" else _standard_form
-    factor = iterate(x, schedule.coefficients).view(wide.shape)
-    return factor.mT if tall else factor
+    x = (_gram_form if form == "gram" else _standard_form)(x, schedule.coefficients)
+    return (x.mT if rows > cols else x).view(matrices.shape)
+
+
+def _normalised(matrices: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
+    """``[n, rows, cols]`` divided by ``margin`` times their Frobenius norms, in ``dtype``.
+
+    In two steps, each in one pass and without a copy in a wider type: to elements of at most one, whose squares neither
+    overflow nor vanish, and to the norm.
+    """
+    largest = torch.linalg.vector_norm(matrices, ord=torch.inf, dim=(-2, -1)).float()
+    x = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
+    scaled(matrices, largest.clamp_(min=SMALLEST_ELEMENT).reciprocal_(), out=x)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
+    return scaled(x, norm.clamp_(min=1.0).mul_(margin).reciprocal_(), out=x)
 
 
 def _standard_form(x: Tensor, coefficients: tuple[Triple, ...]) -> Tensor:
     """X <- P X with P = a I + b R + c R^2 and R = X X^T, once for each triple. ``x`` is ``[n, s, l]``."""
     for triple in coefficients:
-        x = torch.bmm(_iteration(symmetric_product(x, x), triple), x)
+        x = times_symmetric(_iteration(symmetric_product(x, x), triple), x)
     return x
 
 
@@ -85,7 +91,7 @@ def _gram_form(x: Tensor, coefficients: tuple[Triple, ...]) -> Tensor:
             r = symmetric_product(symmetric_product(p, r), p)
             p = _iteration(r, triple)
             q = symmetric_product(q, p)
-        x = torch.bmm(q, x)
+        x = times_symmetric(q, x)
     return x
 
 

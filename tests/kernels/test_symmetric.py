@@ -12,6 +12,7 @@ from tests.kernels.test_kernels import DEVICE
 if not kernels.HAS_TRITON:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from muon_dist.kernels import scale as scale_kernels
 from muon_dist.kernels import symmetric as symmetric_kernels
 
 
@@ -25,6 +26,23 @@ def test_gram_matrix(n: int, s: int, k: int, dtype: torch.dtype) -> None:
     expected = symmetric_product(x.float(), x.float())
     found = symmetric_kernels.symmetric_product(x, x, None, 1.0, 0.0, 0.0)
     assert float((found.float() - expected).norm() / expected.norm()) < 8e-3
+
+
+def test_gram_matrix_of_a_tall_matrix_as_it_lies() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 136, 200, device=DEVICE).half().mT
+    expected = symmetric_product(x.float(), x.float())
+    found = symmetric_kernels.symmetric_product(x, x, None, 1.0, 0.0, 0.0)
+    assert float((found.float() - expected).norm() / expected.norm()) < 2e-3
+
+
+def test_scaling_matrix_by_matrix() -> None:
+    torch.manual_seed(0)
+    x, factors = torch.randn(3, 70, 90, device=DEVICE), torch.rand(3, device=DEVICE)
+    out = torch.empty(x.shape, dtype=torch.float16, device=DEVICE)
+    scale_kernels.scale(x, factors, out)
+    expected = (x * factors[:, None, None]).half()
+    assert torch.allclose(out.float(), expected.float(), rtol=2e-3)
 
 
 def test_a_polynomial_of_a_symmetric_matrix() -> None:
