@@ -48,13 +48,16 @@ class AdamWParameter:
         self.exp_avg_sq.create(self.state)
 
     def update(self) -> None:
-        """One AdamW step; nothing where there is no gradient or no element."""
+        """One AdamW step; nothing where there is no gradient. Ranks with an empty shard count steps like the others."""
         gradient = local_gradient(self.parameter)
         weight = local(self.parameter)
-        if gradient is None or weight.numel() == 0:
+        if gradient is None:
+            return
+        self.state["step"] += 1
+        if weight.numel() == 0:
             return
         first, second = self.exp_avg.buffers(self.state), self.exp_avg_sq.buffers(self.state)
-        self.state["step"] += 1
+        lr = float(self.group["lr"])
         if kernels.usable_on(weight.device) and weight.is_contiguous() and gradient.is_contiguous():
             adamw_kernels.adamw(
                 _as_matrix(weight),
@@ -62,7 +65,7 @@ class AdamWParameter:
                 self.state["step"],
                 self.exp_avg.codec.for_kernels(first),
                 self.exp_avg_sq.codec.for_kernels(second),
-                self.group["lr"],
+                lr,
                 self.group["betas"],
                 self.group["eps"],
                 self.group["weight_decay"],
@@ -84,7 +87,7 @@ class AdamWParameter:
                 amsgrad=False,
                 beta1=self.group["betas"][0],
                 beta2=self.group["betas"][1],
-                lr=self.group["lr"],
+                lr=lr,
                 weight_decay=self.group["weight_decay"],
                 eps=self.group["eps"],
                 maximize=False,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -35,6 +36,7 @@ class Binding:
     signature: Signature
     muon: tuple[MuonParameter, ...]
     adamw: tuple[AdamWParameter, ...]
+    device: torch.device  # of all of them on this rank
     homes: dict[int, Home]  # by id() of the parameter
 
     def update_adamw(self) -> None:
@@ -95,6 +97,11 @@ def bind(
         rank = home.ranks.index(dist.get_rank()) if len(home.ranks) > 1 else 0
         mesh = p.device_mesh if isinstance(p, DTensor) else None
         if group["algorithm"] == "muon":
+            if home.repeats_momentum:
+                raise ValueError(
+                    f"{name} is sharded in both dimensions and replicated besides ({home.placements}), which Muon does "
+                    f"not support; give it to AdamW or replicate it over one mesh dimension less"
+                )
             rows, cols = p.shape
             if mesh is None and process_group is not None and process_group.size() > 1:
                 mesh = replica_meshes.setdefault(p.device.type, DeviceMesh.from_group(process_group, p.device.type))
@@ -114,4 +121,12 @@ def bind(
     bound: list[MuonParameter | AdamWParameter] = [*muon, *adamw]
     for parameter in bound:
         parameter.create_state()
-    return Binding(signature(groups), tuple(muon), tuple(adamw), homes)
+    return Binding(signature(groups), tuple(muon), tuple(adamw), _common_device(groups), homes)
+
+
+def _common_device(groups: ParamGroups) -> torch.device:
+    """The device of all trainable parameters of this rank. Raises ValueError where there are several."""
+    devices = {p.device: name for name, p, _ in named(groups) if p.requires_grad}
+    if len(devices) > 1:
+        raise ValueError(f"parameters of one rank lie on several devices, such as {devices}; move them to one")
+    return next(iter(devices), torch.device("cpu"))

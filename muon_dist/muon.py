@@ -5,8 +5,8 @@
     W <- (1 - lr weight_decay) W - lr scale(rows, cols) U
 
 Source: Keller Jordan, https://kellerjordan.github.io/posts/muon; decoupled weight decay and the scale that matches
-    AdamW's update RMS: "Muon is Scalable for LLM Training", arXiv 2502.16982. The polar factor is taken of the
-    momentum before it is stored, so a codec's error enters only with the next step.
+AdamW's update RMS: "Muon is Scalable for LLM Training", arXiv 2502.16982. The polar factor is taken of the momentum
+before it is stored, so a codec's error enters only with the next step.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class MuonParameter:
         codec, buffers = self.momentum.codec, self.momentum.buffers(self.state)
         beta, nesterov = self.group["momentum"], self.group["nesterov"]
         if kernels.usable_on(g.device):
-            stored, out = codec.for_kernels(buffers), wire.for_kernels(packed, rect.rows, rect.cols)
-            if kernels.blocks_agree(rect.cols, stored, out) and g.stride(1) == 1:
-                momentum_kernels.accumulate(g, stored, out, beta, nesterov)
+            momentum, out = codec.for_kernels(buffers), wire.for_kernels(packed, rect.rows, rect.cols)
+            if kernels.blocks_agree(rect.cols, momentum, out) and g.stride(1) == 1:
+                momentum_kernels.accumulate(g, momentum, out, beta, nesterov)
                 return
         g = g.float()
         m = codec.decode(buffers).lerp_(g, 1 - beta)

@@ -14,7 +14,8 @@ shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -184,11 +185,12 @@ class DistMuon(torch.optim.Optimizer):
             require_gradient_fits(p, name)
         if self._options.nonfinite == "raise":
             self._require_finite(binding)
-        # AdamW's update needs no exchange: it fills the time while the first chunk travels.
-        for i, (pipeline, work) in enumerate(self._pipelines):
-            pipeline.run(work, meanwhile=binding.update_adamw if i == 0 else _nothing)
-        if not self._pipelines:
-            binding.update_adamw()
+        with _current(binding.device):
+            # AdamW's update needs no exchange: it fills the time while the first chunk travels.
+            for i, (pipeline, work) in enumerate(self._pipelines):
+                pipeline.run(work, meanwhile=binding.update_adamw if i == 0 else _nothing)
+            if not self._pipelines:
+                binding.update_adamw()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,8 +257,7 @@ class DistMuon(torch.optim.Optimizer):
                 work = MuonWork(
                     parameters, self._wire, self._schedule, self._options.polar_form, self._options.polar_dtype
                 )
-                device = _common_device(parameters)
-                self._pipelines.append((Pipeline(plan, self._wire, group, device), work))
+                self._pipelines.append((Pipeline(plan, self._wire, group, binding.device), work))
         self._connected = binding
 
     def _group_of(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
@@ -284,15 +285,12 @@ class DistMuon(torch.optim.Optimizer):
             if (gradient := local_gradient(p)) is not None and gradient.numel()
         ]
         groups = [g for ranks in sorted({h.ranks for h in binding.homes.values()}) if (g := self._group_of(ranks))]
-        device = next((p.device for _, p in binding.named_parameters()), torch.device("cpu"))
-        require_finite(gradients, groups, device)
+        require_finite(gradients, groups, binding.device)
 
 
-def _common_device(parameters: Iterable[MuonParameter]) -> torch.device:
-    devices = {p.parameter.device: p.matrix.name for p in parameters}
-    if len(devices) > 1:
-        raise ValueError(f"matrices lie on several devices of one rank: {devices}; move them to one")
-    return next(iter(devices))
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the current one: kernels are launched there."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def _nothing() -> None:

@@ -2,8 +2,8 @@
 
 No engine is named here: FSDP2 and HSDP give DTensors, DDP and a single process give plain tensors, and a plain tensor
 is one that every rank of the group holds whole. The geometry is computed from the placements by our own code, never
-by DTensor
-redistribution: torch's helpers are private, changed between releases, and are wrong for uneven strided shards.
+by DTensor redistribution: torch's helpers are private, changed between releases, and are wrong for uneven strided
+shards.
 """
 
 from __future__ import annotations
@@ -66,6 +66,12 @@ class Home:
             shareable = placement.is_replicate() and size > 1 and free
             chosen.append(Shard(free.pop(0)) if shareable else placement)
         return tuple(chosen)
+
+    @property
+    def repeats_momentum(self) -> bool:
+        """Whether replicas are left that would each keep all of the momentum: no tensor dimension is whole any more."""
+        placed = zip(self.mesh_shape, self.momentum_placements, strict=True)
+        return any(size > 1 and placement.is_replicate() for size, placement in placed)
 
     def local_shape(self, shape: Sequence[int], placements: Placements, rank: int) -> tuple[int, ...]:
         """Shape of the part of a tensor that lies on ``ranks[rank]`` under ``placements``."""
@@ -161,11 +167,6 @@ def unsupported_placement(parameter: Tensor) -> str | None:
     for placement in parameter.placements:
         if isinstance(placement, Partial) or not isinstance(placement, Shard | _StridedShard | Replicate):
             return f"it has the placement {placement!r}; only Shard and Replicate can be stored and updated"
-    left = _mesh_home(mesh, tuple(parameter.placements)).momentum_placements
-    if any(p.is_replicate() and size > 1 for p, size in zip(left, mesh.shape, strict=True)) and parameter.ndim == 2:
-        return (
-            f"it is sharded in both dimensions and replicated besides ({parameter.placements}), which is not supported"
-        )
     if parameter.device.type != mesh.device_type:
         return (
             f"it lies on {parameter.device.type} but its mesh is of {mesh.device_type} devices (CPU offload); "

@@ -91,6 +91,12 @@ def test_a_misspelt_group_option_is_not_carried_along() -> None:
     assert DistMuon([{"params": [("a", matrix())], "note": 1}]).param_groups[0]["note"] == 1
 
 
+def test_parameters_on_several_devices_are_named() -> None:
+    elsewhere = nn.Parameter(torch.ones(8, 8, device="meta"))
+    with pytest.raises(ValueError, match=r"several devices.*'cpu'.*'a'.*'meta'.*'b'.*move them to one"):
+        DistMuon([("a", matrix()), ("b", elsewhere)]).step()
+
+
 def test_unknown_names_are_told() -> None:
     with pytest.warns(UserWarning, match=r"all 1 matrices go to Muon.*named_parameters"):
         DistMuon([matrix()])
@@ -182,7 +188,7 @@ def test_layouts_that_cannot_be_followed_are_refused_by_name() -> None:
             DistMuon([("w", partial)]).step()
         cube = init_device_mesh("cpu", (2, 1, 2))
         everywhere = nn.Parameter(distribute_tensor(torch.ones(8, 8), cube, [Replicate(), Shard(0), Shard(1)]))
-        with pytest.raises(ValueError, match="w: it is sharded in both dimensions and replicated besides"):
+        with pytest.raises(ValueError, match="w is sharded in both dimensions and replicated besides"):
             DistMuon([("w", everywhere)]).step()
 
     run_ranks(4, check)

@@ -191,6 +191,14 @@ def test_momentum_is_shared_out_over_all_ranks_of_the_job() -> None:
             assert muon <= 1.02 * matrix_elements / ranks
 
 
+def test_ranks_with_empty_shards_count_steps_like_the_others() -> None:
+    def steps(rank: int) -> float:
+        parameters, optimizer = train(fsdp(3), {"norm.weight": (2,), "a.weight": (4, 4)})
+        return float(optimizer.state[parameters["norm.weight"]]["step"])
+
+    assert run_ranks(3, steps) == [STEPS] * 3
+
+
 def ranks_with_gradients(rank: int) -> Iterator[str]:
     yield from (name for i, name in enumerate(SHAPES) if i % dist.get_world_size() != rank)
 
