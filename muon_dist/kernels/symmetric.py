@@ -28,7 +28,8 @@ def fits(a: Tensor) -> bool:
         and s >= SMALLEST_SIDE
         and n * _tiles(s) >= FEWEST_TILES
         and s % 8 == k % 8 == 0  # rows at multiples of 16 bytes
-        and torch.cuda.get_device_capability(a.device)[0] >= 9
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(a.device)[0] in (9, 10)  # Hopper and Blackwell, with their shared memory
     )
 
 
