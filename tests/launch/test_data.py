@@ -91,3 +91,14 @@ def test_too_little_text_is_named(tmp_path: Path) -> None:
         load_text(TrainConfig(data=(tmp_path,)))
     with pytest.raises(UsageError, match="nowhere: no such file"):
         load_text(TrainConfig(data=(tmp_path / "nowhere",)))
+
+
+def test_a_dataset_is_split_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text").mkdir()
+    lines = [f"line {index} of a text that is long enough for a window" for index in range(400)]
+    (tmp_path / "text" / "all.txt").write_text("\n".join(lines))
+    data = load_text(TrainConfig(hf_dataset=str(tmp_path / "text"), sequence_length=32))
+    assert len(data.train) + len(data.validation) == sum(len(line) + 1 for line in lines) - 2
+    assert len(data.validation) < len(data.train) / 4
