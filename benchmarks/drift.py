@@ -70,7 +70,9 @@ def probe(model_name: str, steps: int) -> dict[str, dict[str, float]]:
     environment = read_environment({})
     batches = Batches(config, environment, load_text(config))
     model = build_model(config.model, config.sequence_length, environment.device, seed=0)
-    optimizer = DistMuon(model.named_parameters(), lr=config.lr, momentum=MOMENTUM, adamw_lr=config.adamw_lr)
+    optimizer = DistMuon(
+        model.named_parameters(), lr=config.lr, momentum=MOMENTUM, adamw_lr=config.adamw_lr, momentum_state="fp32"
+    )
     watched = [p for p in model.model.layers[-1].parameters() if p.ndim == 2]
     exact = [torch.zeros_like(p) for p in watched]
     stored = {name: [Stored(codec, p) for p in watched] for name, codec in CODECS.items()}

@@ -2,8 +2,7 @@
 
 Trainers swap, cast and re-shard parameters after the optimizer was made, so nothing about a parameter is read at
 construction. A signature of all of them is compared at every step, and everything is bound anew when it changed.
-Binding is
-local: no collective is issued.
+Binding is local: no collective is issued.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A step, for each set of matrices that live on the same ranks (docs/architecture.
 
 1. accumulate: each rank takes its gradient pieces into its momentum pieces, and packs what is to be orthogonalised.
 2. gather: an uneven all-to-all brings the pieces of each matrix to its owner; every matrix has one owner in the whole
-    job.
+   job.
 3. polar: owners orthogonalise whole matrices, batched by shape.
 4. scatter, apply: an all-to-all brings the updates back to where the parameters are.
 

@@ -1,7 +1,7 @@
 """linear8: int8 codes, evenly spaced between plus and minus the largest magnitude of each row block.
 
 Source: "Effective Quantization of Muon Optimizer States", arXiv 2509.23106 (blockwise linear 8-bit momentum, blocks
-    of 2048). Our blocks are shorter and lie inside a row, so that any cut between rows is a cut between blocks.
+of 2048). Our blocks are shorter and lie inside a row, so that any cut between rows is a cut between blocks.
 """
 
 from __future__ import annotations
