@@ -43,13 +43,20 @@ class Exchange:
         rank, ranks = (group.rank(), group.size()) if group is not None else (0, 1)
         self._wire = wire
         self._group = group
-        self._owned_bundles = tuple(bundle for bundle in chunk.bundles if bundle.owner == rank)
         self.replicated = chunk.replicated
         self.held = chunk.held(rank, ranks, wire)
         self.owned = chunk.owned(rank, ranks, wire)
         empty = Side((), (0,) * ranks)
         self.lent = chunk.lent(rank, ranks, wire) if self.replicated else empty
         self.wanted = chunk.wanted(rank, ranks, wire) if self.replicated else empty
+        # Looked up once, for all steps: the parcels of each owned bundle, and where each lent parcel's bytes are held.
+        self._by_bundle = [
+            (bundle, [parcel for parcel in self.owned.parcels if parcel.bundle is bundle])
+            for bundle in chunk.bundles
+            if bundle.owner == rank
+        ]
+        held = {(id(parcel.bundle), parcel.rect): parcel for parcel in self.held.parcels}
+        self._lent_from = [(parcel, held[id(parcel.bundle), parcel.rect]) for parcel in self.lent.parcels]
 
     def pack_held(self, pack: Callable[[int, Rect, Tensor], None], buffers: Buffers) -> None:
         """Calls ``pack(matrix, rect, packed)`` to fill the bytes of every held piece (uint8, in the wire format)."""
@@ -63,11 +70,10 @@ class Exchange:
 
     def replace_owned(self, function: Callable[[Tensor], Tensor], buffers: Buffers) -> None:
         """Replaces the owned matrices by what ``function`` makes of them, ``[n, rows, cols]`` a bundle."""
-        for bundle in self._owned_bundles:
-            parcels = [(p, _rows(p, buffers.owned)) for p in self.owned.parcels if p.bundle is bundle]
-            updates = function(self._assembled(bundle, parcels))
-            for parcel, packed in parcels:
-                self._wire.pack(updates[(slice(None), *parcel.rect.slices)], packed)
+        for bundle, parcels in self._by_bundle:
+            updates = function(self._assembled(bundle, parcels, buffers))
+            for parcel in parcels:
+                self._wire.pack(updates[(slice(None), *parcel.rect.slices)], _rows(parcel, buffers.owned))
 
     def scatter(self, buffers: Buffers) -> dist.Work | None:
         """Starts the way from the owners back to the holders."""
@@ -77,9 +83,8 @@ class Exchange:
         """Starts the way from the holders to all replicas; None where there are no others."""
         if not self.replicated or self._group is None:
             return None
-        held = {(id(parcel.bundle), parcel.rect): parcel for parcel in self.held.parcels}
-        for parcel in self.lent.parcels:
-            _rows(parcel, buffers.lent).copy_(_rows(held[id(parcel.bundle), parcel.rect], buffers.held))
+        for lent, held in self._lent_from:
+            _rows(lent, buffers.lent).copy_(_rows(held, buffers.held))
         return self._trade(buffers.lent, self.lent, buffers.wanted, self.wanted)
 
     def unpack_updates(self, apply: Callable[[int, Rect, Tensor], None], buffers: Buffers) -> None:
@@ -90,9 +95,9 @@ class Exchange:
             for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffer), strict=True):
                 apply(matrix, parcel.rect, packed)
 
-    def _assembled(self, bundle: Bundle, parcels: Sequence[tuple[Parcel, Tensor]]) -> Tensor:
+    def _assembled(self, bundle: Bundle, parcels: Sequence[Parcel], buffers: Buffers) -> Tensor:
         """Whole matrices of a bundle, ``[n, rows, cols]``; those that lie in one piece are not copied."""
-        pieces = [(p.rect, self._wire.unpack(packed, p.rect.rows, p.rect.cols)) for p, packed in parcels]
+        pieces = [(p.rect, self._wire.unpack(_rows(p, buffers.owned), p.rect.rows, p.rect.cols)) for p in parcels]
         if len(pieces) == 1:
             return pieces[0][1]
         stack = pieces[0][1].new_empty((len(bundle.matrices), bundle.geometry.rows, bundle.geometry.cols))

@@ -67,8 +67,8 @@ def test_nccl_ranks_equal_the_single_process(ranks: int, state: str, wire: str, 
                 "RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
                 "NCCL_SOCKET_IFNAME": "lo",
-            }
-            | {"STORE": str(tmp_path / "store")},
+                "STORE": str(tmp_path / "store"),
+            },
             cwd=Path(__file__).parent.parent,
         )
         for rank in range(ranks)
