@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,9 @@ from torch.optim.adamw import adamw
 from muon_dist import kernels
 from muon_dist.codecs import Codec
 from muon_dist.codecs.full import Full
-from muon_dist.sharding import local, local_gradient
-from muon_dist.state import StoredTensor
+from muon_dist.options import Options
+from muon_dist.shards import Shard
+from muon_dist.state import StoredTensor, moments_of
 
 if kernels.HAS_TRITON:
     from muon_dist.kernels import adamw as adamw_kernels
@@ -33,42 +33,47 @@ _SLICE_ELEMENTS = 1 << 24
 class AdamWParameter:
     """One parameter of the AdamW part on this rank."""
 
-    name: str
-    parameter: Tensor
-    group: dict[str, Any]
-    state: dict[str, Any]
+    shard: Shard
     exp_avg: StoredTensor
     exp_avg_sq: StoredTensor
 
+    @classmethod
+    def of(cls, shard: Shard, options: Options) -> AdamWParameter:
+        return cls(shard, *moments_of(shard.shape, shard.moments_layout(options.block_size), options, shard.prefix))
+
     def create_state(self) -> None:
         """Adds what is missing to the parameter's state; ``step`` on its device, as fused AdamW wants it."""
-        if "step" not in self.state:
-            self.state["step"] = torch.zeros((), dtype=torch.float32, device=self.exp_avg.device)
-        self.exp_avg.create(self.state)
-        self.exp_avg_sq.create(self.state)
+        if self._step not in self.shard.state:
+            device = self.exp_avg.layout.device
+            self.shard.state[self._step] = torch.zeros((), dtype=torch.float32, device=device)
+        self.exp_avg.create(self.shard.state)
+        self.exp_avg_sq.create(self.shard.state)
 
     def update(self) -> None:
-        """One AdamW step; nothing where there is no gradient. Ranks with an empty shard count steps like the others."""
-        gradient = local_gradient(self.parameter)
-        weight = local(self.parameter)
+        """One AdamW step, where the parameter lies; nothing where there is no gradient. Ranks with an empty shard count
+        steps like the others."""
+        gradient = self.shard.gradient()
+        weight = self.shard.weight()
         if gradient is None:
             return
-        self.state["step"] += 1
+        group, state = self.shard.group, self.shard.state
+        step: Tensor = state[self._step]
+        step += 1
         if weight.numel() == 0:
             return
-        first, second = self.exp_avg.buffers(self.state), self.exp_avg_sq.buffers(self.state)
-        lr = float(self.group["lr"])
+        first, second = self.exp_avg.buffers(state), self.exp_avg_sq.buffers(state)
+        lr = float(group["lr"])
         if kernels.usable_on(weight.device) and weight.is_contiguous() and gradient.is_contiguous():
             adamw_kernels.adamw(
                 _as_matrix(weight),
                 _as_matrix(gradient),
-                self.state["step"],
+                step,
                 self.exp_avg.codec.for_kernels(first),
                 self.exp_avg_sq.codec.for_kernels(second),
                 lr,
-                self.group["betas"],
-                self.group["eps"],
-                self.group["weight_decay"],
+                group["betas"],
+                group["eps"],
+                group["weight_decay"],
             )
             return
         for rows in _row_slices(weight):
@@ -82,20 +87,24 @@ class AdamWParameter:
                 [m.values],
                 [v.values],
                 [],
-                [self.state["step"] - 1],  # adamw() counts it up
+                [step - 1],  # adamw() counts it up
                 fused=True,
                 amsgrad=False,
-                beta1=self.group["betas"][0],
-                beta2=self.group["betas"][1],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
                 lr=lr,
-                weight_decay=self.group["weight_decay"],
-                eps=self.group["eps"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
                 maximize=False,
             )
             if wide is not w:
                 w.copy_(wide)
             m.close()
             v.close()
+
+    @property
+    def _step(self) -> str:
+        return f"{self.shard.prefix}step"
 
 
 class _Opened:

@@ -7,7 +7,7 @@ Binding is local: no collective is issued.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from muon_dist.adamw import AdamWParameter
-from muon_dist.layout import Matrix
 from muon_dist.muon import MuonParameter
 from muon_dist.options import Options
-from muon_dist.sharding import Home, geometry_of, home_of, rect_of, unsupported_placement
-from muon_dist.state import moments_of, momentum_of
+from muon_dist.shards import Shard, TensorShard
 
 ParamGroups = Sequence[dict[str, Any]]
 Signature = tuple[Any, ...]
@@ -30,23 +28,26 @@ Signature = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Binding:
-    """All trainable parameters, by algorithm, in the order of the groups; and the home of each of them."""
+    """All trainable parameters, by algorithm, in the order of the groups."""
 
     signature: Signature
+    shards: tuple[Shard, ...]
     muon: tuple[MuonParameter, ...]
     adamw: tuple[AdamWParameter, ...]
-    device: torch.device  # of all of them on this rank
-    homes: dict[int, Home]  # by id() of the parameter
+    device: torch.device  # where all of them are computed on this rank
 
     def update_adamw(self) -> None:
         """The AdamW part of a step. Local."""
         for p in self.adamw:
             p.update()
 
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and parameters, those of Muon first."""
-        yield from ((p.matrix.name, p.parameter) for p in self.muon)
-        yield from ((p.name, p.parameter) for p in self.adamw)
+    def domains(self) -> dict[tuple[int, ...], list[MuonParameter]]:
+        """The matrices by the ranks that exchange them, in an order that is the same on all; every rank's own sets of
+        ranks are there, also those without a matrix."""
+        found: dict[tuple[int, ...], list[MuonParameter]] = {r: [] for r in sorted({s.ranks for s in self.shards})}
+        for p in self.muon:
+            found[p.shard.ranks].append(p)
+        return found
 
 
 def named(groups: ParamGroups) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -68,13 +69,12 @@ def signature(groups: ParamGroups) -> Signature:
     )
 
 
-def bind(
-    groups: ParamGroups,
+def tensor_shards(
+    entries: Iterable[tuple[str, Tensor, dict[str, Any]]],
     state: MutableMapping[Tensor, Any],
-    options: Options,
     process_group: dist.ProcessGroup | None,
-) -> Binding:
-    """Reads where every trainable parameter lives, and creates the state that is missing.
+) -> Iterator[Shard]:
+    """The trainable ones of ``entries`` (name, parameter, group), each of them a tensor of its own.
 
     Args:
         process_group: the ranks that hold plain (not distributed) tensors as replicas; None for a single process.
@@ -82,50 +82,33 @@ def bind(
     Raises:
         ValueError: a parameter lives where the optimizer cannot follow, named with the reason.
     """
-    ranks = dist.get_process_group_ranks(process_group) if process_group is not None else [0]
-    replica_meshes: dict[str, DeviceMesh] = {}
-    muon: list[MuonParameter] = []
-    adamw: list[AdamWParameter] = []
-    homes: dict[int, Home] = {}
-    for name, p, group in named(groups):
-        if not p.requires_grad:
-            continue
-        if reason := unsupported_placement(p):
-            raise ValueError(f"{name}: {reason}")
-        home = homes[id(p)] = home_of(p, sorted(ranks))
-        rank = home.ranks.index(dist.get_rank()) if len(home.ranks) > 1 else 0
-        mesh = p.device_mesh if isinstance(p, DTensor) else None
-        if group["algorithm"] == "muon":
-            if home.repeats_momentum:
-                raise ValueError(
-                    f"{name} is sharded in both dimensions and replicated besides ({home.placements}), which Muon does "
-                    f"not support; give it to AdamW or replicate it over one mesh dimension less"
-                )
-            rows, cols = p.shape
-            if mesh is None and process_group is not None and process_group.size() > 1:
-                mesh = replica_meshes.setdefault(p.device.type, DeviceMesh.from_group(process_group, p.device.type))
-            muon.append(
-                MuonParameter(
-                    matrix=Matrix(name, geometry_of(rows, cols, home)),
-                    parameter=p,
-                    group=group,
-                    state=state[p],
-                    momentum=momentum_of((rows, cols), home, rank, options, mesh, p.device),
-                    stored=rect_of(rows, cols, home, home.placements, rank),
-                )
-            )
-        else:
-            first, second = moments_of(tuple(p.shape), home, rank, options, mesh, p.device)
-            adamw.append(AdamWParameter(name, p, group, state[p], exp_avg=first, exp_avg_sq=second))
+    ranks = tuple(sorted(dist.get_process_group_ranks(process_group))) if process_group is not None else (0,)
+    meshes: dict[str, DeviceMesh] = {}
+    for name, p, group in entries:
+        if p.requires_grad:
+            if process_group is not None and len(ranks) > 1 and not isinstance(p, DTensor):
+                meshes.setdefault(p.device.type, DeviceMesh.from_group(process_group, p.device.type))
+            yield TensorShard.of(name, p, group, state[p], ranks, meshes.get(p.device.type))
+
+
+def bind(groups: ParamGroups, shards: Iterable[Shard], options: Options) -> Binding:
+    """Creates the state that is missing.
+
+    Raises:
+        ValueError: Muon cannot take a parameter as it lies, named with the reason.
+    """
+    shards = tuple(shards)
+    muon = tuple(MuonParameter.of(shard, options) for shard in shards if shard.group["algorithm"] == "muon")
+    adamw = tuple(AdamWParameter.of(shard, options) for shard in shards if shard.group["algorithm"] == "adamw")
     bound: list[MuonParameter | AdamWParameter] = [*muon, *adamw]
     for parameter in bound:
         parameter.create_state()
-    return Binding(signature(groups), tuple(muon), tuple(adamw), _common_device(groups), homes)
+    return Binding(signature(groups), shards, muon, adamw, _common_device(shards))
 
 
-def _common_device(groups: ParamGroups) -> torch.device:
-    """The device of all trainable parameters of this rank. Raises ValueError where there are several."""
-    devices = {p.device: name for name, p, _ in named(groups) if p.requires_grad}
+def _common_device(shards: Iterable[Shard]) -> torch.device:
+    """Raises ValueError where there are several."""
+    devices = {shard.device: shard.name for shard in shards}
     if len(devices) > 1:
         raise ValueError(f"parameters of one rank lie on several devices, such as {devices}; move them to one")
     return next(iter(devices), torch.device("cpu"))

@@ -71,7 +71,9 @@ class Exchange:
     def replace_owned(self, function: Callable[[Tensor], Tensor], buffers: Buffers) -> None:
         """Replaces the owned matrices by what ``function`` makes of them, ``[n, rows, cols]`` a bundle."""
         for bundle, parcels in self._by_bundle:
-            updates = function(self._assembled(bundle, parcels, buffers))
+            shape, frame = bundle.geometry[:2], bundle.geometry.frame
+            matrices = self._assembled(bundle, parcels, buffers).view(-1, *shape)
+            updates = function(matrices).reshape(-1, *frame)  # a copy only where runs of a transposed result are cut
             for parcel in parcels:
                 self._wire.pack(updates[(slice(None), *parcel.rect.slices)], _rows(parcel, buffers.owned))
 
@@ -96,11 +98,11 @@ class Exchange:
                 apply(matrix, parcel.rect, packed)
 
     def _assembled(self, bundle: Bundle, parcels: Sequence[Parcel], buffers: Buffers) -> Tensor:
-        """Whole matrices of a bundle, ``[n, rows, cols]``; those that lie in one piece are not copied."""
+        """Whole matrices of a bundle, ``[n, *frame]``; those that lie in one piece are not copied."""
         pieces = [(p.rect, self._wire.unpack(_rows(p, buffers.owned), p.rect.rows, p.rect.cols)) for p in parcels]
         if len(pieces) == 1:
             return pieces[0][1]
-        stack = pieces[0][1].new_empty((len(bundle.matrices), bundle.geometry.rows, bundle.geometry.cols))
+        stack = pieces[0][1].new_empty((len(bundle.matrices), *bundle.geometry.frame))
         for rect, piece in pieces:
             stack[(slice(None), *rect.slices)] = piece
         return stack

@@ -8,14 +8,17 @@ known by their names only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import get_args
+from typing import TypeAlias, get_args
 
 from torch import Tensor
 
 from muon_dist.options import Algorithm
+
+WholeShape: TypeAlias = Callable[[Tensor], tuple[int, ...]]
 
 # Names of the modules that hold embeddings and output heads, in transformers, torchtitan, timm and Megatron models.
 _EMBEDDING_MODULES = frozenset(
@@ -48,6 +51,7 @@ class Assignment:
 
     name: str
     parameter: Tensor
+    shape: tuple[int, ...]  # of the whole, where engines leave less in the parameter
     algorithm: Algorithm
     reason: str
 
@@ -56,7 +60,7 @@ class Grouping(list[Assignment]):
     """All assignments; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [(a.name, "x".join(map(str, a.parameter.shape)) or "scalar", a.algorithm, a.reason) for a in self]
+        rows = [(a.name, "x".join(map(str, a.shape)) or "scalar", a.algorithm, a.reason) for a in self]
         header = ("parameter", "shape", "algorithm", "why")
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
         lines = [
@@ -64,13 +68,20 @@ class Grouping(list[Assignment]):
             for row in [header, *rows]
         ]
         for algorithm in get_args(Algorithm):
-            chosen = [a.parameter.numel() for a in self if a.algorithm == algorithm]
+            chosen = [math.prod(a.shape) for a in self if a.algorithm == algorithm]
             lines.append(f"{algorithm}: {len(chosen)} parameters, {sum(chosen):,} elements")
         return "\n".join(lines)
 
 
+def shape_as_is(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor that is all of the parameter, or a DTensor."""
+    return tuple(parameter.shape)
+
+
 def assign(
-    named_parameters: Iterable[tuple[str | None, Tensor]], overrides: Mapping[str, Algorithm] | None = None
+    named_parameters: Iterable[tuple[str | None, Tensor]],
+    overrides: Mapping[str, Algorithm] | None = None,
+    whole_shape: WholeShape = shape_as_is,
 ) -> Grouping:
     """Decides for each parameter.
 
@@ -78,6 +89,7 @@ def assign(
         named_parameters: as from ``model.named_parameters()``; the name may be None where it is not known.
         overrides: ``{pattern: algorithm}`` with shell-style patterns on the whole name, such as
             ``{"*.router.weight": "adamw"}``. The first match wins over the rules.
+        whole_shape: of a parameter, for engines that keep it in pieces.
 
     Raises:
         ValueError: an override sends a parameter to Muon that is no matrix.
@@ -86,30 +98,31 @@ def assign(
     for position, (name, parameter) in enumerate(named_parameters):
         pattern = next((p for p in overrides or {} if name is not None and fnmatchcase(name, p)), None)
         shown = name if name is not None else f"parameter {position}"
+        shape = whole_shape(parameter)
         if overrides and pattern is not None:
             algorithm, reason = overrides[pattern], f"matches the override {pattern!r}"
             if algorithm == "muon":
-                require_matrix(shown, parameter)
+                require_matrix(shown, shape)
         else:
-            algorithm, reason = _rule(name, parameter)
-        grouping.append(Assignment(shown, parameter, algorithm, reason))
+            algorithm, reason = _rule(name, shape)
+        grouping.append(Assignment(shown, parameter, shape, algorithm, reason))
     return grouping
 
 
-def require_matrix(name: str, parameter: Tensor) -> None:
-    """Raises ValueError unless ``parameter`` is one that Muon can take."""
-    if parameter.ndim != 2:
+def require_matrix(name: str, shape: Sequence[int]) -> None:
+    """Raises ValueError unless a parameter of ``shape`` is one that Muon can take."""
+    if len(shape) != 2:
         raise ValueError(
-            f"{name} has shape {tuple(parameter.shape)}; Muon takes matrices (2-D). Give it to AdamW: "
+            f"{name} has shape {tuple(shape)}; Muon takes matrices (2-D). Give it to AdamW: "
             f'a group with algorithm="adamw", or overrides={{{name!r}: "adamw"}}'
         )
 
 
-def _rule(name: str | None, parameter: Tensor) -> tuple[Algorithm, str]:
-    if parameter.ndim < 2:
-        return "adamw", "a vector" if parameter.ndim == 1 else "a scalar"
-    if parameter.ndim > 2:
-        return "adamw", f"{parameter.ndim}-D, not a matrix"
+def _rule(name: str | None, shape: Sequence[int]) -> tuple[Algorithm, str]:
+    if len(shape) < 2:
+        return "adamw", "a vector" if shape else "a scalar"
+    if len(shape) > 2:
+        return "adamw", f"{len(shape)}-D, not a matrix"
     if name is None:
         return "muon", "a matrix of unknown name"
     ends = set(name.split(".")[-2:])  # "lm_head.weight", or a bare parameter "pos_embed"

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from muon_dist.grouping import Assignment, Grouping, assign, require_matrix
+from muon_dist.grouping import Assignment, Grouping, WholeShape, assign, require_matrix, shape_as_is
 from muon_dist.options import Algorithm, UpdateScale, require_one_of
 
 # Options of a group, in the order of the constructor. All groups carry all of them, whatever their algorithm:
@@ -30,7 +30,10 @@ class Defaults:
 
 
 def resolve_group(
-    group: Mapping[str, Any], defaults: Defaults, overrides: Mapping[str, Algorithm] | None
+    group: Mapping[str, Any],
+    defaults: Defaults,
+    overrides: Mapping[str, Algorithm] | None,
+    whole_shape: WholeShape = shape_as_is,
 ) -> tuple[list[dict[str, Any]], Grouping]:
     """Splits a group by algorithm and fills in its options.
 
@@ -38,9 +41,10 @@ def resolve_group(
         group: as for any torch optimizer: ``params`` (tensors or (name, tensor) pairs) and options. With
             ``algorithm="muon" | "adamw"`` all of it goes there; without, each parameter by the rules of
             ``grouping.py``. Keys that are no options are carried along.
+        whole_shape: of a parameter, for engines that keep it in pieces.
 
     Returns:
-        One or two groups for ``torch.optim.Optimizer.add_param_group``, and why each parameter is where it is.
+        One to three groups for ``torch.optim.Optimizer.add_param_group``, and why each parameter is where it is.
 
     Raises:
         ValueError, TypeError: naming the parameter or option, and the fix.
@@ -51,22 +55,33 @@ def resolve_group(
     named = _named(group)
     chosen = group.get("algorithm")
     if chosen is None:
-        grouping = assign(named, overrides)
+        grouping = assign(named, overrides, whole_shape)
         _warn_of_unknown_names(named, grouping)
     else:
         require_one_of("algorithm", chosen, get_args(Algorithm))
-        grouping = Grouping(Assignment(_shown(n, i), p, chosen, "its group's choice") for i, (n, p) in enumerate(named))
+        grouping = Grouping(
+            Assignment(_shown(n, i), p, whole_shape(p), chosen, "its group's choice") for i, (n, p) in enumerate(named)
+        )
         if chosen == "muon":
             for assignment in grouping:
-                require_matrix(assignment.name, assignment.parameter)
+                require_matrix(assignment.name, assignment.shape)
     extra = {k: v for k, v in group.items() if k not in (*GROUP_OPTIONS, *ADAMW_OPTIONS, "params", "param_names")}
     resolved = []
     for algorithm in get_args(Algorithm):
-        members = [pair for pair, a in zip(named, grouping, strict=True) if a.algorithm == algorithm]
-        if members:
-            options = _options(group, algorithm, defaults, shared=chosen is None)
-            params = members if members[0][0] is not None else [p for _, p in members]
-            resolved.append({**extra, **options, "algorithm": algorithm, "params": params})
+        options = _options(group, algorithm, defaults, shared=chosen is None)
+        # Vectors and scalars are not decayed but by a group that was made for AdamW.
+        apart = chosen is None and algorithm == "adamw" and options["weight_decay"] != 0
+        for vectors in (False, True) if apart else (None,):
+            members = [
+                pair
+                for pair, a in zip(named, grouping, strict=True)
+                if a.algorithm == algorithm and vectors in (None, len(a.shape) < 2)
+            ]
+            if members:
+                if vectors:
+                    options = {**options, "weight_decay": 0.0}
+                params = members if members[0][0] is not None else [p for _, p in members]
+                resolved.append({**extra, **options, "algorithm": algorithm, "params": params})
     return resolved, grouping
 
 

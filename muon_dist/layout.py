@@ -5,7 +5,8 @@ of a matrix are disjoint and cover it, and each is wanted by the ranks that have
 all that the rest of the optimizer needs of a layout, whatever engine made it.
 
 Under FSDP2 pieces are row blocks, each wanted by its holder alone. Under DDP they are row blocks too, each wanted by
-all ranks. Under HSDP they are slices of the columns of row blocks, each wanted by the replicas of its row block.
+all ranks. Under HSDP they are slices of the columns of row blocks, each wanted by the replicas of its row block. Under
+ZeRO they are runs of the flattened matrix, which start and end anywhere in a row.
 Ranks are numbered within the process group that exchanges the matrix, from 0.
 """
 
@@ -53,6 +54,12 @@ class Geometry(NamedTuple):
     rows: int
     cols: int
     pieces: tuple[Piece, ...]
+    flat: bool = False  # the pieces are runs of the flattened matrix
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Shape of what the pieces are rectangles of: the matrix, or all of it as one row."""
+        return (1, self.rows * self.cols) if self.flat else (self.rows, self.cols)
 
     @property
     def replicated(self) -> bool:
@@ -74,6 +81,26 @@ def chunk_range(size: int, parts: int, index: int) -> tuple[int, int]:
     length = math.ceil(size / parts)
     start = min(size, length * index)
     return start, min(length, size - start)
+
+
+def flat_geometry(rows: int, cols: int, runs: Sequence[tuple[int, int]]) -> Geometry:
+    """A matrix of which each rank has one run of elements in row-major order.
+
+    Args:
+        runs: start and length of every rank's run; a rank without one has length 0.
+
+    Raises:
+        ValueError: the runs overlap, or leave a part of the matrix out.
+    """
+    covered = 0
+    for start, length in sorted(run for run in runs if run[1]):
+        if start != covered:
+            raise ValueError(f"elements {covered} to {start} of a {rows}x{cols} matrix lie on no rank or on two")
+        covered += length
+    if covered != rows * cols:
+        raise ValueError(f"{covered} elements lie on the ranks, but a {rows}x{cols} matrix has {rows * cols}")
+    pieces = (Piece(r, Rect(0, start, 1, n), (r,)) for r, (start, n) in enumerate(runs) if n)
+    return Geometry(rows, cols, tuple(pieces), flat=True)
 
 
 def aligned_block(cols: int, cuts: Sequence[int], block_size: int) -> int:

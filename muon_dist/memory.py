@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard
 from muon_dist.grouping import Assignment
 from muon_dist.options import Options
 from muon_dist.sharding import Home, local
-from muon_dist.state import moments_of, momentum_of
+from muon_dist.state import moments_of, momentum_of, sharded_layout
 
 _STEP_BYTES = 4  # AdamW's count of steps, one a parameter
 
@@ -45,11 +45,12 @@ def estimated_state_bytes(
     cpu = torch.device("cpu")
     total = 0
     for assignment in assignments:
-        shape = tuple(assignment.parameter.shape)
+        shape = assignment.shape
         # The first rank's part of every tensor is the largest: rows are cut as torch.chunk cuts them.
         if assignment.algorithm == "muon":
-            rows, cols = shape
-            total += momentum_of((rows, cols), home, 0, options, None, cpu).nbytes
+            layout = sharded_layout(shape, home, home.momentum_placements, 0, options.block_size, None, cpu)
+            total += momentum_of(layout, options).nbytes
         else:
-            total += sum(moment.nbytes for moment in moments_of(shape, home, 0, options, None, cpu)) + _STEP_BYTES
+            layout = sharded_layout(shape, home, home.placements, 0, options.block_size, None, cpu)
+            total += sum(moment.nbytes for moment in moments_of(shape, layout, options)) + _STEP_BYTES
     return total

@@ -12,19 +12,19 @@ before it is stored, so a codec's error enters only with the next step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from muon_dist import kernels
 from muon_dist.layout import Matrix, Rect
-from muon_dist.options import PolarForm, UpdateScale
+from muon_dist.options import Options, PolarForm, UpdateScale
 from muon_dist.polar import Schedule, polar_factor
-from muon_dist.sharding import local, local_gradient
-from muon_dist.state import StoredTensor
+from muon_dist.shards import Shard
+from muon_dist.staging import on_device
+from muon_dist.state import StoredTensor, momentum_of
 from muon_dist.wire import WireFormat
 
 if kernels.HAS_TRITON:
@@ -40,31 +40,38 @@ UPDATE_SCALES: dict[UpdateScale, Callable[[int, int], float]] = {
 
 @dataclass(frozen=True)
 class MuonParameter:
-    """One matrix parameter on this rank: the rectangles of it that lie here."""
+    """One matrix parameter on this rank."""
 
+    shard: Shard
     matrix: Matrix
-    parameter: Tensor
-    group: dict[str, Any]
-    state: dict[str, Any]
     momentum: StoredTensor
-    stored: Rect  # of the parameter on this rank
+
+    @classmethod
+    def of(cls, shard: Shard, options: Options) -> MuonParameter:
+        """Raises ValueError for a parameter that Muon cannot take."""
+        matrix = Matrix(shard.name, shard.geometry())
+        return cls(shard, matrix, momentum_of(shard.momentum_layout(options.block_size), options, shard.prefix))
 
     def create_state(self) -> None:
         """Adds what is missing to the parameter's state."""
-        self.momentum.create(self.state)
+        self.momentum.create(self.shard.state)
 
     def accumulate(self, rect: Rect, wire: WireFormat, packed: Tensor) -> None:
         """Takes the gradient into the momentum and packs what is to be orthogonalised; zeros where there is none."""
-        gradient = local_gradient(self.parameter)
+        gradient = self.shard.gradient()
         if gradient is None:
             packed.zero_()  # zeros in every wire format
             return
-        g = gradient[rect.relative_to(self.stored).slices]
-        codec, buffers = self.momentum.codec, self.momentum.buffers(self.state)
-        beta, nesterov = self.group["momentum"], self.group["nesterov"]
+        g = gradient[rect.relative_to(self.shard.rect).slices].to(packed.device, non_blocking=True)
+        with on_device(self.momentum.buffers(self.shard.state), packed.device) as buffers:
+            self._accumulate(g, buffers, wire, packed)
+
+    def _accumulate(self, g: Tensor, buffers: Mapping[str, Tensor], wire: WireFormat, packed: Tensor) -> None:
+        codec = self.momentum.codec
+        beta, nesterov = self.shard.group["momentum"], self.shard.group["nesterov"]
         if kernels.usable_on(g.device):
-            momentum, out = codec.for_kernels(buffers), wire.for_kernels(packed, rect.rows, rect.cols)
-            if kernels.blocks_agree(rect.cols, momentum, out) and g.stride(1) == 1:
+            momentum, out = codec.for_kernels(buffers), wire.for_kernels(packed, *g.shape)
+            if kernels.blocks_agree(g.shape[1], momentum, out) and g.stride(1) == 1:
                 momentum_kernels.accumulate(g, momentum, out, beta, nesterov)
                 return
         g = g.float()
@@ -75,16 +82,21 @@ class MuonParameter:
 
     def apply(self, rect: Rect, wire: WireFormat, packed: Tensor) -> None:
         """Decays and updates the rectangle ``rect`` of the parameter; without a gradient it stays as it is."""
-        if self.parameter.grad is None:
+        if not self.shard.has_gradient:
             return
-        weight = local(self.parameter)[rect.relative_to(self.stored).slices]
-        lr = float(self.group["lr"])
-        decay = 1 - lr * self.group["weight_decay"]
-        scale = UPDATE_SCALES[self.group["update_scale"]](self.matrix.geometry.rows, self.matrix.geometry.cols)
+        part = self.shard.weight()[rect.relative_to(self.shard.rect).slices]
+        with on_device({"weight": part}, packed.device) as here:
+            self._apply(here["weight"], wire, packed)
+
+    def _apply(self, weight: Tensor, wire: WireFormat, packed: Tensor) -> None:
+        group, (rows, cols) = self.shard.group, self.shard.shape
+        lr = float(group["lr"])
+        decay = 1 - lr * group["weight_decay"]
+        scale = UPDATE_SCALES[group["update_scale"]](rows, cols)
         if kernels.usable_on(weight.device) and weight.stride(1) == 1:
-            momentum_kernels.apply(weight, wire.for_kernels(packed, rect.rows, rect.cols), decay, -lr * scale)
+            momentum_kernels.apply(weight, wire.for_kernels(packed, *weight.shape), decay, -lr * scale)
             return
-        (update,) = wire.unpack(packed.unsqueeze(0), rect.rows, rect.cols)
+        (update,) = wire.unpack(packed.unsqueeze(0), *weight.shape)
         wide = weight.float()  # the weight itself where it is fp32 already
         wide.mul_(decay).add_(update, alpha=-lr * scale)
         if wide is not weight:

@@ -14,7 +14,7 @@ shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from muon_dist.agreement import require_finite, require_same
-from muon_dist.binding import Binding, bind, named, signature
+from muon_dist.binding import Binding, Signature, bind, named, signature, tensor_shards
 from muon_dist.checkpoint import require_matching, require_same_members
-from muon_dist.grouping import Grouping
+from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
-from muon_dist.muon import MuonParameter, MuonWork
+from muon_dist.muon import MuonWork
 from muon_dist.options import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_CHUNK_BYTES,
@@ -45,7 +45,8 @@ from muon_dist.options import (
 from muon_dist.pipeline import Pipeline
 from muon_dist.plan import Plan, make_plan
 from muon_dist.polar import schedule
-from muon_dist.sharding import local, local_gradient, require_gradient_fits
+from muon_dist.sharding import local
+from muon_dist.shards import Shard
 from muon_dist.wire import wire_format
 
 
@@ -74,7 +75,9 @@ class DistMuon(torch.optim.Optimizer):
         wire: how matrices travel to their owners and back: "fp32", "bf16", "int8".
         chunk_bytes: bound on each of the exchange's buffers on a rank (there are four, or two in a single process). A
             matrix that is larger travels alone.
-        adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: of the AdamW part.
+        adamw_lr, adamw_betas, adamw_eps: of the AdamW part.
+        adamw_weight_decay: of embeddings, heads and stacks. Vectors and scalars are not decayed; give them a group with
+            ``algorithm="adamw"`` and a ``weight_decay`` if they should be.
         adamw_state: how both of its moments are stored: "fp32" or "dynamic8" (parameters below 4096 elements and
             vectors stay in fp32).
         overrides: ``{name pattern: "muon" | "adamw"}``, before the rules.
@@ -143,15 +146,14 @@ class DistMuon(torch.optim.Optimizer):
             "eps": adamw_eps,
         }
         self._defaults = Defaults(muon, {**muon, "lr": adamw_lr, "weight_decay": adamw_weight_decay})
-        self._binding: Binding | None = None
-        self._connected: Binding | None = None
+        self._bindings: dict[Signature, Binding] = {}
+        self._connections: dict[Signature, list[tuple[Pipeline, MuonWork]]] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._pipelines: list[tuple[Pipeline, MuonWork]] = []
         super().__init__(params, muon)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, split by algorithm where it does not say one."""
-        resolved, grouping = resolve_group(param_group, self._defaults, self._overrides)
+        resolved, grouping = resolve_group(param_group, self._defaults, self._overrides, self._whole_shape)
         present = {id(p): name for name, p, _ in named(self.param_groups)}
         for assignment in grouping:
             if id(assignment.parameter) in present:
@@ -169,8 +171,8 @@ class DistMuon(torch.optim.Optimizer):
 
     @property
     def plans(self) -> list[Plan]:
-        """The plans of the last step: owners, chunks and loads, one for each set of ranks."""
-        return [pipeline.plan for pipeline, _ in self._pipelines]
+        """The plans in use: owners, chunks and loads, one for each set of ranks."""
+        return [pipeline.plan for pipelines in self._connections.values() for pipeline, _ in pipelines]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -180,16 +182,16 @@ class DistMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         binding = self._bind()
-        self._connect(binding)
-        for name, p in binding.named_parameters():
-            require_gradient_fits(p, name)
+        pipelines = self._connect(binding)
+        for shard in binding.shards:
+            shard.require_gradient_fits()
         if self._options.nonfinite == "raise":
             self._require_finite(binding)
         with _current(binding.device):
             # AdamW's update needs no exchange: it fills the time while the first chunk travels.
-            for i, (pipeline, work) in enumerate(self._pipelines):
+            for i, (pipeline, work) in enumerate(pipelines):
                 pipeline.run(work, meanwhile=binding.update_adamw if i == 0 else _nothing)
-            if not self._pipelines:
+            if not pipelines:
                 binding.update_adamw()
         return loss
 
@@ -224,31 +226,43 @@ class DistMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             for option in GROUP_OPTIONS:
                 group.setdefault(option, self._defaults.muon[option])
-        # The base class put new dictionaries in place of those that the binding refers to.
-        self._binding = None
+        # The base class put new dictionaries in place of those that the bindings refer to.
+        self._bindings.clear()
+        self._connections.clear()
+
+    def _whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """The shape of a parameter as the model has it. Integrations override it for engines that keep pieces."""
+        return shape_as_is(parameter)
+
+    def _shards(self) -> Iterator[Shard]:
+        """The trainable parameters as they are now. Integrations override it for engines with buffers of their own."""
+        group = self._process_group
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        return tensor_shards(named(self.param_groups), self.state, group)
 
     def _bind(self) -> Binding:
         """The binding to the parameters as they are now. Local."""
-        if self._binding is None or self._binding.signature != signature(self.param_groups):
-            group = self._process_group
-            if group is None and dist.is_available() and dist.is_initialized():
-                group = dist.group.WORLD
-            self._binding = bind(self.param_groups, self.state, self._options, group)
-            present = {id(p) for _, p, _ in named(self.param_groups)}
-            for orphan in [p for p in self.state if id(p) not in present]:
-                del self.state[orphan]
-        return self._binding
+        key = signature(self.param_groups)
+        if key not in self._bindings:
+            self._forget_replaced()
+            self._bindings[key] = bind(self.param_groups, self._shards(), self._options)
+        return self._bindings[key]
 
-    def _connect(self, binding: Binding) -> None:
+    def _forget_replaced(self) -> None:
+        """Drops what belongs to parameters that the groups had before."""
+        self._bindings.clear()
+        self._connections.clear()
+        present = {id(p) for _, p, _ in named(self.param_groups)}
+        for orphan in [p for p in self.state if id(p) not in present]:
+            del self.state[orphan]
+
+    def _connect(self, binding: Binding) -> list[tuple[Pipeline, MuonWork]]:
         """Process groups, agreement, plans and pipelines of a binding. Collective, once for each binding."""
-        if self._connected is binding:
-            return
-        domains: dict[tuple[int, ...], list[MuonParameter]] = {home.ranks: [] for home in binding.homes.values()}
-        for p in binding.muon:
-            domains[binding.homes[id(p.parameter)].ranks].append(p)
-        self._pipelines = []
-        # Every rank takes the sets of ranks that it belongs to in the same order.
-        for ranks, parameters in sorted(domains.items(), key=lambda item: item[0]):
+        if binding.signature in self._connections:
+            return self._connections[binding.signature]
+        pipelines = []
+        for ranks, parameters in binding.domains().items():
             group = self._group_of(ranks)
             if group is not None:
                 require_same(self._describe(binding, ranks), group)
@@ -257,8 +271,9 @@ class DistMuon(torch.optim.Optimizer):
                 work = MuonWork(
                     parameters, self._wire, self._schedule, self._options.polar_form, self._options.polar_dtype
                 )
-                self._pipelines.append((Pipeline(plan, self._wire, group, binding.device), work))
-        self._connected = binding
+                pipelines.append((Pipeline(plan, self._wire, group, binding.device), work))
+        self._connections[binding.signature] = pipelines
+        return pipelines
 
     def _group_of(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         """The optimizer's own process group of ``ranks``, so that its collectives never queue behind the engine's."""
@@ -270,21 +285,17 @@ class DistMuon(torch.optim.Optimizer):
 
     def _describe(self, binding: Binding, ranks: tuple[int, ...]) -> list[str]:
         """What all of ``ranks`` must have alike: options, and parameters with their layouts and groups."""
-        lines = [repr(self._options)]
-        for name, p, group in named(self.param_groups):
-            home = binding.homes.get(id(p))
-            if home is not None and home.ranks == ranks:
-                options = {key: group[key] for key in ("algorithm", *GROUP_OPTIONS)}
-                lines.append(f"{name} {tuple(p.shape)} {p.dtype} {home.mesh_shape} {home.placements} {options}")
-        return lines
+        options = {id(g): {key: g[key] for key in ("algorithm", *GROUP_OPTIONS)} for g in self.param_groups}
+        shards = [shard for shard in binding.shards if shard.ranks == ranks]
+        return [repr(self._options), *(f"{shard.description} {options[id(shard.group)]}" for shard in shards)]
 
     def _require_finite(self, binding: Binding) -> None:
         gradients = [
-            (name, gradient)
-            for name, p in binding.named_parameters()
-            if (gradient := local_gradient(p)) is not None and gradient.numel()
+            (shard.name, gradient)
+            for shard in binding.shards
+            if (gradient := shard.gradient()) is not None and gradient.numel()
         ]
-        groups = [g for ranks in sorted({h.ranks for h in binding.homes.values()}) if (g := self._group_of(ranks))]
+        groups = [group for ranks in binding.domains() if (group := self._group_of(ranks))]
         require_finite(gradients, groups, binding.device)
 
 

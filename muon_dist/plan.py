@@ -3,9 +3,10 @@
 Every rank computes the same plan from the same matrices, so nothing has to be agreed at run time but that the inputs
 were the same (:mod:`muon_dist.agreement`).
 
-Owners: longest processing time first. Matrices are taken in descending FLOPs, each goes to the rank with the least work
-so far. Chunks: the same order, cut where a rank's buffers would grow over the limit. The largest come first, so that
-the return trip of the last chunk, which nothing hides, is small.
+Owners: longest processing time first. Matrices are taken in descending FLOPs; each goes to the rank with the least work
+so far, or to the rank that already holds most of it, so that less travels, while that keeps the work balanced. Chunks:
+every owner's matrices in the same order, all owners abreast by FLOPs, cut where a rank's buffers would grow over the
+limit. The largest come first, so that the return trip of the last chunk, which nothing hides, is small.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import NamedTuple
 
 from muon_dist.layout import Geometry, Matrix, Piece, Rect
 from muon_dist.wire import WireFormat
+
+# How much more than the mean a rank may do for the sake of matrices that then need not travel.
+_MAX_IMBALANCE = 1.05
 
 
 class Bundle(NamedTuple):
@@ -124,56 +128,78 @@ def make_plan(matrices: Sequence[Matrix], ranks: int, wire: WireFormat, chunk_by
     costs = [polar_flops(m.geometry.rows, m.geometry.cols) for m in matrices]
     # Equal geometries stay together among equal costs, to be batched.
     order = sorted(range(len(matrices)), key=lambda i: (-costs[i], matrices[i].geometry, i))
+    fair = _MAX_IMBALANCE * sum(costs) / ranks
     owners = [0] * len(matrices)
+    before = [0] * len(matrices)  # FLOPs of its owner's until it is its turn
     loads = [0] * ranks
+    for i in order:
+        owner = _main_holder(matrices[i].geometry)
+        if owner is None or loads[owner] + costs[i] > fair:
+            owner = loads.index(min(loads))
+        owners[i], before[i] = owner, loads[owner]
+        loads[owner] += costs[i]
+    sizes = {geometry: _Size.of(geometry, ranks, wire) for geometry in {m.geometry for m in matrices}}
     chunks: list[Chunk] = []
     pending: list[int] = []
     filled = _Fill(ranks)
-    for i in order:
-        owner = loads.index(min(loads))
-        size = _Size.of(matrices[i].geometry, wire)
-        if pending and filled.after(owner, size) > chunk_bytes:
+    for i in sorted(order, key=before.__getitem__):
+        size = sizes[matrices[i].geometry]
+        if pending and filled.after(owners[i], size) > chunk_bytes:
             chunks.append(_chunk(pending, owners, matrices))
             pending, filled = [], _Fill(ranks)
-        owners[i] = owner
-        loads[owner] += costs[i]
         pending.append(i)
-        filled.add(owner, size)
+        filled.add(owners[i], size)
     if pending:
         chunks.append(_chunk(pending, owners, matrices))
     return Plan(ranks, tuple(matrices), tuple(owners), tuple(chunks))
+
+
+def _main_holder(geometry: Geometry) -> int | None:
+    """The rank that holds more than two thirds of a matrix, if there is one."""
+    enough = geometry.rows * geometry.cols * 2 / 3
+    return next((piece.rank for piece in geometry.pieces if piece.rect.numel > enough), None)
 
 
 class _Size(NamedTuple):
     """Bytes of one matrix in the buffers of the ranks that it touches."""
 
     owner: int  # at its owner: all its pieces
-    holder: int  # at any other rank, the most that it holds, or wants, of it
+    everywhere: int  # where every rank holds, or wants, a piece: the most of any of them
+    holders: dict[int, int]  # where few do: of each
 
     @classmethod
-    def of(cls, geometry: Geometry, wire: WireFormat) -> _Size:
+    def of(cls, geometry: Geometry, ranks: int, wire: WireFormat) -> _Size:
         sizes = [wire.nbytes(piece.rect.rows, piece.rect.cols) for piece in geometry.pieces]
         wanted: dict[int, int] = {}
         for piece, nbytes in zip(geometry.pieces, sizes, strict=True):
             # Replicas want the same pieces: the first of them stands for all.
             wanted[piece.wanted_by[0]] = wanted.get(piece.wanted_by[0], 0) + nbytes
-        return cls(sum(sizes), max(wanted.values(), default=0))
+        if geometry.replicated or 2 * len(wanted) > ranks:
+            return cls(sum(sizes), max(wanted.values(), default=0), {})
+        return cls(sum(sizes), 0, wanted)
 
 
 class _Fill:
-    """How full a chunk's buffers are: each owner's, and the fullest holder's."""
+    """How full a chunk's buffers are: each owner's, and each holder's."""
 
     def __init__(self, ranks: int) -> None:
         self.owners = [0] * ranks
-        self.holder = 0
+        self.everywhere = 0
+        self.holders = [0] * ranks
+        self.fullest = 0  # of the holders
 
     def add(self, owner: int, size: _Size) -> None:
         self.owners[owner] += size.owner
-        self.holder += size.holder
+        self.everywhere += size.everywhere
+        for rank, nbytes in size.holders.items():
+            self.holders[rank] += nbytes
+            self.fullest = max(self.fullest, self.holders[rank])
 
     def after(self, owner: int, size: _Size) -> int:
         """Bytes of the fullest buffer if one more matrix came."""
-        return max(self.owners[owner] + size.owner, self.holder + size.holder)
+        fullest = max((self.holders[rank] + nbytes for rank, nbytes in size.holders.items()), default=0)
+        held = self.everywhere + size.everywhere + max(self.fullest, fullest)
+        return max(self.owners[owner] + size.owner, held)
 
 
 def _chunk(members: Sequence[int], owners: Sequence[int], matrices: Sequence[Matrix]) -> Chunk:

@@ -167,11 +167,6 @@ def unsupported_placement(parameter: Tensor) -> str | None:
     for placement in parameter.placements:
         if isinstance(placement, Partial) or not isinstance(placement, Shard | _StridedShard | Replicate):
             return f"it has the placement {placement!r}; only Shard and Replicate can be stored and updated"
-    if parameter.device.type != mesh.device_type:
-        return (
-            f"it lies on {parameter.device.type} but its mesh is of {mesh.device_type} devices (CPU offload); "
-            f"the exchange needs it there: leave out the CPU offload policy"
-        )
     return None
 
 

@@ -2,13 +2,13 @@
 
 State is plain tensors and DTensors under plain names, ``momentum_buffer`` in full precision and
 ``momentum_buffer_codes`` and ``momentum_buffer_scales`` where it is quantised, so that torch's checkpoints save and
-reshard it without knowing codecs.
+reshard it without knowing codecs. Where an engine keeps many parameters in one flat buffer, their names go in front.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,68 +25,88 @@ SMALLEST_QUANTISED = 4096
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A matrix-shaped (or any-shaped) fp32 quantity that lives in ``optimizer.state[p]`` through a codec.
+class StateLayout:
+    """How a state of one parameter lies on the ranks.
 
     Attributes:
-        key: its name, such as "momentum_buffer".
-        codec: how it is stored.
         shape: of the whole.
         local_shape: of this rank's part.
-        mesh, placements: how the parts make the whole; mesh is None for a tensor that is not distributed.
+        block: elements that share a scale, for codecs that have one.
+        mesh, placements: how the parts make the whole; mesh is None for a part that only this rank knows of.
         device: where the parts lie.
     """
 
-    key: str
-    codec: Codec
     shape: tuple[int, ...]
     local_shape: tuple[int, ...]
+    block: int
     mesh: DeviceMesh | None
     placements: Placements
     device: torch.device
 
+
+def sharded_layout(
+    shape: Sequence[int],
+    home: Home,
+    placements: Placements,
+    rank: int,
+    block_size: int,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+) -> StateLayout:
+    """Of a state that lies on ``home.ranks[rank]`` as ``placements`` say; its blocks never cross a cut."""
+    whole = tuple(shape)
+    part = home.local_shape(whole, placements, rank)
+    block = block_of(whole, home, placements, block_size) if whole else block_size
+    return StateLayout(whole, part, block, mesh, placements, device)
+
+
+def flat_layout(length: int, block_size: int, device: torch.device) -> StateLayout:
+    """Of the state of a run of ``length`` elements: one row, its blocks counted from the start of the run."""
+    return StateLayout((1, length), (1, length), block_size, None, (), device)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A matrix-shaped (or any-shaped) fp32 quantity that lies in ``optimizer.state[p]`` through a codec."""
+
+    key: str  # its name, such as "momentum_buffer"
+    codec: Codec
+    layout: StateLayout
+
     def create(self, state: MutableMapping[str, Any]) -> None:
-        """Adds what is missing to a parameter's state, as zeros; empty parts too, for checkpoints to load into."""
-        whole = self.codec.buffers(self.shape)
-        for buffer, spec in self.codec.buffers(self.local_shape).items():
+        """Adds what is missing to a parameter's state, as zeros; empty parts of a whole too, to be loaded into."""
+        layout = self.layout
+        if layout.mesh is None and math.prod(layout.local_shape) == 0:
+            return
+        whole = self.codec.buffers(layout.shape)
+        for buffer, spec in self.codec.buffers(layout.local_shape).items():
             if self._entry(buffer) not in state:
-                part = torch.zeros(spec.shape, dtype=spec.dtype, device=self.device)
-                state[self._entry(buffer)] = wrap_local(part, whole[buffer].shape, self.mesh, self.placements)
+                part = torch.zeros(spec.shape, dtype=spec.dtype, device=layout.device)
+                state[self._entry(buffer)] = wrap_local(part, whole[buffer].shape, layout.mesh, layout.placements)
 
     def buffers(self, state: MutableMapping[str, Any]) -> dict[str, Tensor]:
         """This rank's buffers, by the codec's names."""
-        return {buffer: local(state[self._entry(buffer)]) for buffer in self.codec.buffers(self.local_shape)}
+        return {buffer: local(state[self._entry(buffer)]) for buffer in self.codec.buffers(self.layout.local_shape)}
 
     @property
     def nbytes(self) -> int:
         """Bytes on this rank."""
-        return sum(math.prod(s.shape) * s.dtype.itemsize for s in self.codec.buffers(self.local_shape).values())
+        return sum(math.prod(s.shape) * s.dtype.itemsize for s in self.codec.buffers(self.layout.local_shape).values())
 
     def _entry(self, buffer: str) -> str:
         return f"{self.key}_{buffer}" if buffer else self.key
 
 
-def momentum_of(
-    shape: tuple[int, int], home: Home, rank: int, options: Options, mesh: DeviceMesh | None, device: torch.device
-) -> StoredTensor:
-    """The momentum of a matrix on one rank of its home; where the parameter is replicated, replicas share it out."""
-    placements = home.momentum_placements
-    codec = make_codec(options.momentum_state, block_of(shape, home, placements, options.block_size))
-    local_shape = home.local_shape(shape, placements, rank)
-    return StoredTensor("momentum_buffer", codec, shape, local_shape, mesh, placements, device)
+def momentum_of(layout: StateLayout, options: Options, prefix: str = "") -> StoredTensor:
+    """The momentum of a matrix."""
+    return StoredTensor(f"{prefix}momentum_buffer", make_codec(options.momentum_state, layout.block), layout)
 
 
 def moments_of(
-    shape: tuple[int, ...], home: Home, rank: int, options: Options, mesh: DeviceMesh | None, device: torch.device
+    shape: Sequence[int], layout: StateLayout, options: Options, prefix: str = ""
 ) -> tuple[StoredTensor, StoredTensor]:
-    """AdamW's first and second moment of a parameter, laid out as the parameter."""
+    """AdamW's first and second moment of a parameter of ``shape``."""
     quantised = len(shape) >= 2 and math.prod(shape) >= SMALLEST_QUANTISED
     name = options.adamw_state if quantised else "fp32"
-    block = block_of(shape, home, home.placements, options.block_size) if quantised else options.block_size
-    local_shape = home.local_shape(shape, home.placements, rank)
-
-    def moment(key: str, *, signed: bool) -> StoredTensor:
-        codec = make_codec(name, block, signed=signed)
-        return StoredTensor(key, codec, shape, local_shape, mesh, home.placements, device)
-
-    return moment("exp_avg", signed=True), moment("exp_avg_sq", signed=False)
+    first, second = (make_codec(name, layout.block, signed=signed) for signed in (True, False))
+    return StoredTensor(f"{prefix}exp_avg", first, layout), StoredTensor(f"{prefix}exp_avg_sq", second, layout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Sequence
 
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
-from muon_dist.layout import Matrix
+from muon_dist.layout import Matrix, flat_geometry
 from muon_dist.plan import Plan, make_plan, polar_flops
 from muon_dist.sharding import Home, geometry_of, rect_of
 from muon_dist.wire import wire_format
@@ -114,6 +116,36 @@ def test_buffers_are_bounded_whatever_the_size_of_the_model(replicas: int, shard
     for layers in (2, 8):
         plan = make_plan(matrices(LLAMA_8B[: 7 * layers], home(replicas, shards)), 8, WIRE, 256 << 20)
         assert max(buffer_bytes(plan, rank) for rank in range(8)) <= 256 << 20
+
+
+def zero2(shapes: Sequence[tuple[int, int]], ranks: int) -> list[Matrix]:
+    """One flat buffer of all matrices, cut into equal runs."""
+    length = math.ceil(sum(rows * cols for rows, cols in shapes) / ranks)
+    found, start = [], 0
+    for i, (rows, cols) in enumerate(shapes):
+        cuts = [min(max(length * r - start, 0), rows * cols) for r in range(ranks + 1)]
+        runs = [(a, b - a) for a, b in itertools.pairwise(cuts)]
+        found.append(Matrix(f"{i}.weight", flat_geometry(rows, cols, runs)))
+        start += rows * cols
+    return found
+
+
+def test_where_ranks_hold_whole_matrices_only_those_on_a_border_travel() -> None:
+    ranks, shapes = 8, LLAMA_8B[:-3]
+    plan = make_plan(zero2(shapes, ranks), ranks, WIRE, 256 << 20)
+    assert plan.imbalance <= 1.1
+    on_border = {i for i, m in enumerate(plan.matrices) if len(m.geometry.pieces) > 1}
+    travelling = {
+        i
+        for chunk in plan.chunks
+        for bundle in chunk.bundles
+        for i in bundle.matrices
+        if {piece.rank for piece in bundle.geometry.pieces} != {bundle.owner}
+    }
+    assert len(on_border) == ranks - 1
+    assert len(travelling - on_border) <= 2  # for the balance
+    # All ranks work in every chunk but the last ones.
+    assert len(plan.chunks) <= 1.5 * sum(r * c * 2 for r, c in shapes) / (ranks * (256 << 20)) + 1
 
 
 def test_a_matrix_larger_than_a_chunk_travels_alone() -> None:

@@ -36,16 +36,14 @@ def adamw(
         first, second: the moments, in one format and block; updated in place.
     """
     rows, cols = weight.shape
-    grid, constants = Tiling.of(rows, cols, first, second)
-    _adamw[grid](
+    tiling = Tiling.of(rows, cols, first, second)
+    _adamw[tiling.grid](
         weight,
         gradient,
         step,
         *first.pointers,
         *second.pointers,
-        rows,
-        cols,
-        grid[1],
+        *tiling.shape,
         lr,
         1 - betas[0],
         1 - betas[1],
@@ -54,7 +52,7 @@ def adamw(
         eps,
         1 - lr * weight_decay,
         FORMAT=first.format,
-        **constants,
+        **tiling.constants,
     )
 
 
@@ -74,6 +72,7 @@ def _adamw(
     rows,
     cols,
     blocks,
+    numel,
     lr,
     weight1,
     weight2,
@@ -86,7 +85,7 @@ def _adamw(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    row, col, mask = tile_of(rows, cols, BLOCK, ROWS, COLS)
+    row, col, mask = tile_of(rows, cols, numel, BLOCK, ROWS, COLS)
     g = tl.load(gradient + row * cols + col, mask=mask, other=0).to(tl.float32)
     w = tl.load(weight + row * cols + col, mask=mask, other=0).to(tl.float32)
     m = load_tile(first, first_scales, first_levels, row, col, mask, rows, cols, blocks, FORMAT)

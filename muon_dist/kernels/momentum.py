@@ -24,20 +24,18 @@ def accumulate(gradient: Tensor, momentum: Encoded, packed: Encoded, beta: float
         beta, nesterov: as in Muon.
     """
     rows, cols = gradient.shape
-    grid, constants = Tiling.of(rows, cols, momentum, packed)
-    _accumulate[grid](
+    tiling = Tiling.of(rows, cols, momentum, packed)
+    _accumulate[tiling.grid](
         gradient,
-        gradient.stride(0),
+        tiling.row_stride(gradient),
         *momentum.pointers,
         *packed.pointers[:2],
-        rows,
-        cols,
-        grid[1],
+        *tiling.shape,
         1 - beta,
         MOMENTUM=momentum.format,
         PACKED=packed.format,
         NESTEROV=nesterov,
-        **constants,
+        **tiling.constants,
     )
 
 
@@ -49,18 +47,16 @@ def apply(weight: Tensor, update: Encoded, decay: float, factor: float) -> None:
         update: of the same shape.
     """
     rows, cols = weight.shape
-    grid, constants = Tiling.of(rows, cols, update)
-    _apply[grid](
+    tiling = Tiling.of(rows, cols, update)
+    _apply[tiling.grid](
         weight,
-        weight.stride(0),
+        tiling.row_stride(weight),
         *update.pointers[:2],
-        rows,
-        cols,
-        grid[1],
+        *tiling.shape,
         decay,
         factor,
         UPDATE=update.format,
-        **constants,
+        **tiling.constants,
     )
 
 
@@ -77,6 +73,7 @@ def _accumulate(
     rows,
     cols,
     blocks,
+    numel,
     weight,
     MOMENTUM: tl.constexpr,
     PACKED: tl.constexpr,
@@ -85,7 +82,7 @@ def _accumulate(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    row, col, mask = tile_of(rows, cols, BLOCK, ROWS, COLS)
+    row, col, mask = tile_of(rows, cols, numel, BLOCK, ROWS, COLS)
     g = tl.load(gradient + row * stride + col, mask=mask, other=0).to(tl.float32)
     m = load_tile(elements, scales, levels, row, col, mask, rows, cols, blocks, MOMENTUM)
     m += weight * (g - m)
@@ -104,6 +101,7 @@ def _apply(
     rows,
     cols,
     blocks,
+    numel,
     decay,
     factor,
     UPDATE: tl.constexpr,
@@ -111,7 +109,7 @@ def _apply(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    row, col, mask = tile_of(rows, cols, BLOCK, ROWS, COLS)
+    row, col, mask = tile_of(rows, cols, numel, BLOCK, ROWS, COLS)
     u = load_tile(elements, scales, scales, row, col, mask, rows, cols, blocks, UPDATE)
     w = tl.load(weight + row * stride + col, mask=mask, other=0).to(tl.float32)
     tl.store(weight + row * stride + col, w * decay + factor * u, mask=mask)

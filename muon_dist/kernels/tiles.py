@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from muon_dist.kernels import Encoded
 
@@ -22,29 +23,41 @@ _SMALLEST_SCALE = tl.constexpr(2.0**-100)
 
 
 class Tiling(NamedTuple):
-    """How [rows, cols] values are cut into tiles: the grid, and what kernels take as constants."""
+    """How values are cut into tiles: the grid, the matrix of blocks under it, and what kernels take as constants.
+
+    A single row, a flat shard or a vector, is folded into rows of one block each.
+    """
 
     grid: tuple[int, int]
+    shape: tuple[int, int, int, int]  # rows, columns, blocks in a row, elements: the last row may be short
     constants: dict[str, int]
 
     @classmethod
     def of(cls, rows: int, cols: int, *values: Encoded) -> Tiling:
         """A tile is some rows of one block of ``values``, which have one block among them, or none."""
-        plain = _TILE_ELEMENTS if rows < _TILE_ELEMENTS // _PLAIN_BLOCK else _PLAIN_BLOCK
+        plain = _TILE_ELEMENTS if 1 < rows < _TILE_ELEMENTS // _PLAIN_BLOCK else _PLAIN_BLOCK
         block = next((min(v.block, cols) for v in values if v.block is not None), min(plain, cols))
+        numel = rows * cols
+        if rows == 1:
+            rows, cols = triton.cdiv(cols, block), block
         width = triton.next_power_of_2(block)
         height = max(1, _TILE_ELEMENTS // width)
-        grid = (triton.cdiv(rows, height), triton.cdiv(cols, block))
-        return cls(grid, {"BLOCK": block, "ROWS": height, "COLS": width})
+        blocks = triton.cdiv(cols, block)
+        constants = {"BLOCK": block, "ROWS": height, "COLS": width}
+        return cls((triton.cdiv(rows, height), blocks), (rows, cols, blocks, numel), constants)
+
+    def row_stride(self, tensor: Tensor) -> int:
+        """Elements from one row to the next of a tensor that was given as [rows, cols]."""
+        return self.shape[1] if tensor.shape[0] == 1 else tensor.stride(0)
 
 
 @triton.jit
-def tile_of(rows, cols, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def tile_of(rows, cols, numel, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Rows [ROWS, 1], columns [1, COLS] and mask of this program's tile; the row index is 64 bits wide."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     inside = tl.arange(0, COLS)[None, :]
     col = tl.program_id(1) * BLOCK + inside
-    return row, col, (row < rows) & (inside < BLOCK) & (col < cols)
+    return row, col, (row < rows) & (inside < BLOCK) & (col < cols) & (row * cols + col < numel)
 
 
 @triton.jit

@@ -45,8 +45,8 @@ def train(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, **options: Any
             p.grad = random(tuple(p.shape))
         optimizer.step()
     binding = optimizer._bind()
-    stored = [(p.state, p.momentum) for p in binding.muon]
-    stored += [(p.state, moment) for p in binding.adamw for moment in (p.exp_avg, p.exp_avg_sq)]
+    stored = [(p.shard.state, p.momentum) for p in binding.muon]
+    stored += [(p.shard.state, moment) for p in binding.adamw for moment in (p.exp_avg, p.exp_avg_sq)]
     return [p.detach().float() for _, p in named], [s.codec.decode(s.buffers(state)) for state, s in stored]
 
 
@@ -96,4 +96,4 @@ def test_nan_stays_visible(momentum_state: Any, monkeypatch: pytest.MonkeyPatch)
     optimizer = DistMuon([("w", p)], momentum_state=momentum_state)
     optimizer.step()
     (bound,) = optimizer._bind().muon
-    assert bound.momentum.codec.decode(bound.momentum.buffers(bound.state))[1, 3].isnan()
+    assert bound.momentum.codec.decode(bound.momentum.buffers(bound.shard.state))[1, 3].isnan()

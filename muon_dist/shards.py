@@ -1,0 +1,231 @@
+"""A parameter on this rank, as the optimizer sees it: weight, gradient, state, and where the rest of it lies.
+
+This is what an engine has to be turned into. There are two kinds: a tensor of its own, plain or a DTensor, and a run
+of a flat buffer in which an engine keeps many parameters one behind the other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from muon_dist.layout import Geometry, Rect, flat_geometry
+from muon_dist.sharding import (
+    Home,
+    geometry_of,
+    home_of,
+    local,
+    local_gradient,
+    rect_of,
+    require_gradient_fits,
+    unsupported_placement,
+)
+from muon_dist.state import StateLayout, flat_layout, sharded_layout
+
+
+@dataclass(frozen=True)
+class Shard(ABC):
+    """This rank's part of one trainable parameter.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the whole parameter.
+        group: its parameter group.
+        state: the entry of ``optimizer.state`` that its state lies in.
+        prefix: of its names in that entry.
+        ranks: global ranks over which the parameter lies, ascending; they exchange its matrix.
+        device: where it is computed. An offloaded parameter lies elsewhere.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: dict[str, Any]
+    state: dict[str, Any]
+    prefix: str
+    ranks: tuple[int, ...]
+    device: torch.device
+
+    @property
+    @abstractmethod
+    def has_gradient(self) -> bool:
+        """Whether there is a gradient in this step."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The part of the parameter that lies here, to be updated in place."""
+
+    @abstractmethod
+    def gradient(self) -> Tensor | None:
+        """Its gradient, of the same shape."""
+
+    @abstractmethod
+    def require_gradient_fits(self) -> None:
+        """Raises ValueError for a gradient that cannot be read."""
+
+    @abstractmethod
+    def geometry(self) -> Geometry:
+        """Of a matrix: which rank holds which piece. Raises ValueError for what Muon cannot take."""
+
+    @property
+    @abstractmethod
+    def rect(self) -> Rect:
+        """Of a matrix: which rectangle of the geometry's frame ``weight()`` is."""
+
+    @abstractmethod
+    def momentum_layout(self, block_size: int) -> StateLayout:
+        """How the momentum lies; replicas share it out."""
+
+    @abstractmethod
+    def moments_layout(self, block_size: int) -> StateLayout:
+        """How AdamW's moments lie: as the parameter does."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """What must be the same on all of ``ranks``."""
+
+
+@dataclass(frozen=True)
+class TensorShard(Shard):
+    """A parameter that is a tensor of its own: a DTensor, or a plain one that every rank of a group holds whole."""
+
+    parameter: Tensor
+    home: Home
+    mesh: DeviceMesh | None  # of the state; None in a single process
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        parameter: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        replicas: tuple[int, ...],
+        replica_mesh: DeviceMesh | None,
+    ) -> TensorShard:
+        """Reads mesh and placements from ``parameter``; a plain one is replicated over ``replicas``.
+
+        Raises:
+            ValueError: it lives where the optimizer cannot follow.
+        """
+        if reason := unsupported_placement(parameter):
+            raise ValueError(f"{name}: {reason}")
+        home = home_of(parameter, replicas)
+        device = parameter.device
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else replica_mesh
+        if mesh is not None and mesh.device_type != device.type:  # offloaded to the host
+            device = torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+        return cls(name, tuple(parameter.shape), group, state, "", home.ranks, device, parameter, home, mesh)
+
+    @property
+    def has_gradient(self) -> bool:
+        return self.parameter.grad is not None
+
+    def weight(self) -> Tensor:
+        return local(self.parameter)
+
+    def gradient(self) -> Tensor | None:
+        return local_gradient(self.parameter)
+
+    def require_gradient_fits(self) -> None:
+        require_gradient_fits(self.parameter, self.name)
+
+    def geometry(self) -> Geometry:
+        if len(self.shape) != 2:
+            raise ValueError(
+                f"{self.name} was a matrix when the optimizer was made and has shape {self.shape} now: an engine has "
+                f"put it in a buffer of its own. Make the optimizer with the class that muon_dist.integrations has "
+                f"for this engine"
+            )
+        if self.home.repeats_momentum:
+            raise ValueError(
+                f"{self.name} is sharded in both dimensions and replicated besides ({self.home.placements}), which "
+                f"Muon does not support; give it to AdamW or replicate it over one mesh dimension less"
+            )
+        return geometry_of(*self.shape, self.home)
+
+    @property
+    def rect(self) -> Rect:
+        rows, cols = self.shape
+        return rect_of(rows, cols, self.home, self.home.placements, self._index)
+
+    def momentum_layout(self, block_size: int) -> StateLayout:
+        placements = self.home.momentum_placements
+        return sharded_layout(self.shape, self.home, placements, self._index, block_size, self.mesh, self._lies_on)
+
+    def moments_layout(self, block_size: int) -> StateLayout:
+        placements = self.home.placements
+        return sharded_layout(self.shape, self.home, placements, self._index, block_size, self.mesh, self._lies_on)
+
+    @property
+    def description(self) -> str:
+        return f"{self.name} {self.shape} {self.parameter.dtype} {self.home.mesh_shape} {self.home.placements}"
+
+    @property
+    def _index(self) -> int:
+        return self.ranks.index(dist.get_rank()) if len(self.ranks) > 1 else 0
+
+    @property
+    def _lies_on(self) -> torch.device:
+        return self.parameter.device
+
+
+@dataclass(frozen=True)
+class FlatShard(Shard):
+    """A parameter of which each rank has one run of elements, in row-major order, somewhere in a flat buffer.
+
+    Attributes:
+        flat: the buffer, [n], fp32 as a rule: the parameter that the engine hands to the optimizer.
+        offset: where the run starts in it.
+        runs: start and length in the flattened parameter of every rank's run, in the order of ``ranks``.
+        index: of this rank.
+    """
+
+    flat: Tensor
+    offset: int
+    runs: tuple[tuple[int, int], ...]
+    index: int
+
+    @property
+    def has_gradient(self) -> bool:
+        return self.flat.grad is not None
+
+    def weight(self) -> Tensor:
+        """[1, length]."""
+        return self._cut(self.flat.detach())
+
+    def gradient(self) -> Tensor | None:
+        """[1, length]."""
+        return None if self.flat.grad is None else self._cut(self.flat.grad)
+
+    def require_gradient_fits(self) -> None:
+        """It lies in the engine's buffer, as the weight does."""
+
+    def geometry(self) -> Geometry:
+        rows, cols = self.shape
+        return flat_geometry(rows, cols, self.runs)
+
+    @property
+    def rect(self) -> Rect:
+        start, length = self.runs[self.index]
+        return Rect(0, start, 1, length)
+
+    def momentum_layout(self, block_size: int) -> StateLayout:
+        return flat_layout(self.runs[self.index][1], block_size, self.flat.device)
+
+    def moments_layout(self, block_size: int) -> StateLayout:
+        return self.momentum_layout(block_size)
+
+    @property
+    def description(self) -> str:
+        return f"{self.name} {self.shape} {self.flat.dtype} {self.runs}"
+
+    def _cut(self, buffer: Tensor) -> Tensor:
+        return buffer[self.offset : self.offset + self.runs[self.index][1]].unsqueeze(0)

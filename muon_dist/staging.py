@@ -1,0 +1,20 @@
+"""Brings tensors to the device where they are computed, and what was written there back: for offloaded parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[Mapping[str, Tensor]]:
+    """The tensors on ``device``, to be read and written: themselves where they lie there, else copies whose content is
+    copied back at the end. Copying back to the host waits for the device, so that the host may read right away."""
+    here = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    yield here
+    for name, tensor in tensors.items():
+        if here[name] is not tensor:
+            tensor.copy_(here[name])
