@@ -35,6 +35,17 @@ def require_same(lines: Sequence[str], group: dist.ProcessGroup) -> None:
             )
 
 
+def require_none(problems: Sequence[str], group: dist.ProcessGroup | None, heading: str) -> None:
+    """Raises ValueError on every rank of ``group`` if any of them has a problem."""
+    found: list[list[str] | None] = [list(problems)]
+    if group is not None:
+        found = [None] * group.size()
+        dist.all_gather_object(found, list(problems), group=group)
+    lines = [f"  rank {rank}: {problem}" for rank, theirs in enumerate(found) for problem in (theirs or ())[:_SHOWN]]
+    if lines:
+        raise ValueError(f"{heading}:\n" + "\n".join(lines))
+
+
 def require_finite(
     gradients: Sequence[tuple[str, Tensor]], groups: Sequence[dist.ProcessGroup], device: torch.device
 ) -> None:

@@ -54,7 +54,9 @@ def named(groups: ParamGroups) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
     """Name, parameter and group of every parameter; a position stands in for a name that is not known."""
     position = 0
     for group in groups:
-        names = group.get("param_names") or [f"parameter {position + i}" for i in range(len(group["params"]))]
+        names = group.get("param_names", ())
+        if len(names) != len(group["params"]):  # none, or an engine's buffers are in the parameters' place
+            names = [f"parameter {position + i}" for i in range(len(group["params"]))]
         for name, parameter in zip(names, group["params"], strict=True):
             yield name, parameter, group
         position += len(group["params"])

@@ -236,10 +236,13 @@ class DistMuon(torch.optim.Optimizer):
 
     def _shards(self) -> Iterator[Shard]:
         """The trainable parameters as they are now. Integrations override it for engines with buffers of their own."""
-        group = self._process_group
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
-        return tensor_shards(named(self.param_groups), self.state, group)
+        return tensor_shards(named(self.param_groups), self.state, self._replicas())
+
+    def _replicas(self) -> dist.ProcessGroup | None:
+        """The ranks that hold plain tensors as replicas."""
+        if self._process_group is None and dist.is_available() and dist.is_initialized():
+            return dist.group.WORLD
+        return self._process_group
 
     def _bind(self) -> Binding:
         """The binding to the parameters as they are now. Local."""
