@@ -106,7 +106,8 @@ class DistOrthogonal(DistMuon):
                 # The parameters themselves, or fp32 copies of those that are trained.
                 names = group["param_names"] if len(params) == len(group["param_names"]) else trainable
                 entries = [(name, p, group) for name, p in zip(names, params, strict=True)]
-                yield from tensor_shards(entries, self.state, self._replicas())
+                # DeepSpeed saves the state of rank 0 for all, so each rank has to keep all of it.
+                yield from tensor_shards(entries, self.state, self._replicas(), share_momentum=False)
         yield from (partition.shard for partition in self._partitions())
 
     def _partitions(self) -> Iterator[Partition]:

@@ -75,22 +75,24 @@ def tensor_shards(
     entries: Iterable[tuple[str, Tensor, dict[str, Any]]],
     state: MutableMapping[Tensor, Any],
     process_group: dist.ProcessGroup | None,
+    share_momentum: bool = True,
 ) -> Iterator[Shard]:
     """The trainable ones of ``entries`` (name, parameter, group), each of them a tensor of its own.
 
     Args:
         process_group: the ranks that hold plain (not distributed) tensors as replicas; None for a single process.
+        share_momentum: whether they share out the momentum, as DTensors, or each keeps all of it as plain tensors.
 
     Raises:
         ValueError: a parameter lives where the optimizer cannot follow, named with the reason.
     """
     ranks = tuple(sorted(dist.get_process_group_ranks(process_group))) if process_group is not None else (0,)
     meshes: dict[str, DeviceMesh] = {}
-    for name, p, group in entries:
+    for turn, (name, p, group) in enumerate(entries):
         if p.requires_grad:
-            if process_group is not None and len(ranks) > 1 and not isinstance(p, DTensor):
+            if share_momentum and process_group is not None and len(ranks) > 1 and not isinstance(p, DTensor):
                 meshes.setdefault(p.device.type, DeviceMesh.from_group(process_group, p.device.type))
-            yield TensorShard.of(name, p, group, state[p], ranks, meshes.get(p.device.type))
+            yield TensorShard.of(name, p, group, state[p], ranks, meshes.get(p.device.type), turn)
 
 
 def bind(groups: ParamGroups, shards: Iterable[Shard], options: Options) -> Binding:

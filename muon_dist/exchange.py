@@ -49,6 +49,8 @@ class Exchange:
         empty = Side((), (0,) * ranks)
         self.lent = chunk.lent(rank, ranks, wire) if self.replicated else empty
         self.wanted = chunk.wanted(rank, ranks, wire) if self.replicated else empty
+        kept = {(id(b), p.rect) for b in chunk.bundles for p in b.geometry.pieces if rank in p.kept_by}
+        self._kept = [parcel for parcel in self.wanted.parcels if (id(parcel.bundle), parcel.rect) in kept]
         # Looked up once, for all steps: the parcels of each owned bundle, and where each lent parcel's bytes are held.
         self._by_bundle = [
             (bundle, [parcel for parcel in self.owned.parcels if parcel.bundle is bundle])
@@ -59,10 +61,15 @@ class Exchange:
         self._lent_from = [(parcel, held[id(parcel.bundle), parcel.rect]) for parcel in self.lent.parcels]
 
     def pack_held(self, pack: Callable[[int, Rect, Tensor], None], buffers: Buffers) -> None:
-        """Calls ``pack(matrix, rect, packed)`` to fill the bytes of every held piece (uint8, in the wire format)."""
-        for parcel in self.held.parcels:
-            for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffers.held), strict=True):
-                pack(matrix, parcel.rect, packed)
+        """Calls ``pack(matrix, rect, packed)`` to fill the bytes of every held piece (uint8, in the wire format).
+
+        Pieces that another rank sends for this one are packed where their updates will arrive, only to have their
+        momentum updated.
+        """
+        for parcels, buffer in ((self.held.parcels, buffers.held), (self._kept, buffers.wanted)):
+            for parcel in parcels:
+                for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffer), strict=True):
+                    pack(matrix, parcel.rect, packed)
 
     def gather(self, buffers: Buffers) -> dist.Work | None:
         """Starts the way from the holders to the owners."""

@@ -41,11 +41,16 @@ class Rect(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A rectangle of a matrix: the rank that holds its momentum, and the ranks that apply its update, ascending."""
+    """A rectangle of a matrix: the rank that holds its momentum, and the ranks that apply its update, ascending.
+
+    Where the momentum is repeated, ``kept_by`` are the others, among those that want it, that keep it too: one rank
+    sends it for all.
+    """
 
     rank: int
     rect: Rect
     wanted_by: tuple[int, ...]
+    kept_by: tuple[int, ...] = ()
 
 
 class Geometry(NamedTuple):

@@ -45,12 +45,15 @@ class Home:
         mesh_shape: sizes of the mesh's dimensions.
         coordinates: the mesh coordinate of each entry of ``ranks``.
         placements: one placement a mesh dimension; Shard, Replicate or FSDP2's strided shard.
+        shares_momentum: whether replicas share out the momentum. Where an engine saves the state of one replica only,
+            each has to keep all of it.
     """
 
     ranks: tuple[int, ...]
     mesh_shape: tuple[int, ...]
     coordinates: tuple[tuple[int, ...], ...]
     placements: Placements
+    shares_momentum: bool = True
 
     @property
     def momentum_placements(self) -> Placements:
@@ -58,8 +61,10 @@ class Home:
         still whole, the momentum is sharded over it, so that replicas share the state instead of repeating it.
 
         Rows are taken first (DDP), columns when rows are already sharded (HSDP): each mesh dimension shards its own
-        tensor dimension, which DTensor and its checkpoints handle at any size.
+        tensor dimension, which DTensor and its checkpoints handle at any size. Where both are, it is repeated.
         """
+        if not self.shares_momentum:
+            return self.placements
         free = [dim for dim in (0, 1) if not any(p.is_shard(dim) for p in self.placements)]
         chosen: list[Placement] = []
         for size, placement in zip(self.mesh_shape, self.placements, strict=True):
@@ -67,23 +72,17 @@ class Home:
             chosen.append(Shard(free.pop(0)) if shareable else placement)
         return tuple(chosen)
 
-    @property
-    def repeats_momentum(self) -> bool:
-        """Whether replicas are left that would each keep all of the momentum: no tensor dimension is whole any more."""
-        placed = zip(self.mesh_shape, self.momentum_placements, strict=True)
-        return any(size > 1 and placement.is_replicate() for size, placement in placed)
-
     def local_shape(self, shape: Sequence[int], placements: Placements, rank: int) -> tuple[int, ...]:
         """Shape of the part of a tensor that lies on ``ranks[rank]`` under ``placements``."""
         return tuple(size for _, size in local_extent(shape, self.mesh_shape, self.coordinates[rank], placements))
 
 
-def home_of(parameter: Tensor, group_ranks: Sequence[int]) -> Home:
+def home_of(parameter: Tensor, group_ranks: Sequence[int], shares_momentum: bool = True) -> Home:
     """Where ``parameter`` lives. A plain tensor counts as replicated over ``group_ranks`` (ascending global ranks)."""
     if isinstance(parameter, DTensor):
         return _mesh_home(parameter.device_mesh, tuple(parameter.placements))
     ranks = tuple(group_ranks)
-    return Home(ranks, (len(ranks),), tuple((i,) for i in range(len(ranks))), (Replicate(),))
+    return Home(ranks, (len(ranks),), tuple((i,) for i in range(len(ranks))), (Replicate(),), shares_momentum)
 
 
 @lru_cache(maxsize=256)
@@ -98,18 +97,26 @@ def _mesh_home(mesh: DeviceMesh, placements: Placements) -> Home:
 
 
 @lru_cache(maxsize=4096)
-def geometry_of(rows: int, cols: int, home: Home) -> Geometry:
-    """Pieces of a ``[rows, cols]`` matrix over the ranks of ``home``; cached, since layers repeat."""
-    ranks = range(len(home.ranks))
-    replicas: dict[Rect, list[int]] = {}  # by the part of the parameter that they have
-    stored = [rect_of(rows, cols, home, home.placements, rank) for rank in ranks]
-    for rank in ranks:
-        replicas.setdefault(stored[rank], []).append(rank)
-    readers = {rect: tuple(found) for rect, found in replicas.items()}
-    held = [rect_of(rows, cols, home, home.momentum_placements, rank) for rank in ranks]
-    return Geometry(
-        rows, cols, tuple(Piece(rank, held[rank], readers[stored[rank]]) for rank in ranks if held[rank].numel)
-    )
+def geometry_of(rows: int, cols: int, home: Home, turn: int = 0) -> Geometry:
+    """Pieces of a ``[rows, cols]`` matrix over the ranks of ``home``; cached, since layers repeat.
+
+    Args:
+        turn: which of the ranks that keep the same momentum sends it, modulo their number.
+    """
+    readers: dict[Rect, list[int]] = {}  # by the part of the parameter that they have
+    keepers: dict[tuple[Rect, Rect], list[int]] = {}  # by that and the part of the momentum
+    for rank in range(len(home.ranks)):
+        stored = rect_of(rows, cols, home, home.placements, rank)
+        held = rect_of(rows, cols, home, home.momentum_placements, rank)
+        readers.setdefault(stored, []).append(rank)
+        if held.numel:
+            keepers.setdefault((stored, held), []).append(rank)
+    pieces = []
+    for (stored, held), ranks in keepers.items():
+        sender = ranks[turn % len(ranks)]
+        others = tuple(rank for rank in ranks if rank != sender)
+        pieces.append(Piece(sender, held, tuple(readers[stored]), others))
+    return Geometry(rows, cols, tuple(sorted(pieces)))
 
 
 def rect_of(rows: int, cols: int, home: Home, placements: Placements, rank: int) -> Rect:

@@ -98,7 +98,8 @@ class TensorShard(Shard):
 
     parameter: Tensor
     home: Home
-    mesh: DeviceMesh | None  # of the state; None in a single process
+    mesh: DeviceMesh | None  # of the state; None for plain tensors
+    turn: int  # which of several ranks with the same momentum sends it
 
     @classmethod
     def of(
@@ -109,20 +110,25 @@ class TensorShard(Shard):
         state: dict[str, Any],
         replicas: tuple[int, ...],
         replica_mesh: DeviceMesh | None,
+        turn: int,
     ) -> TensorShard:
-        """Reads mesh and placements from ``parameter``; a plain one is replicated over ``replicas``.
+        """Reads mesh and placements from ``parameter``.
+
+        Args:
+            replicas: ranks that hold a plain tensor.
+            replica_mesh: of these ranks, to share out the momentum; None to repeat it.
 
         Raises:
             ValueError: it lives where the optimizer cannot follow.
         """
         if reason := unsupported_placement(parameter):
             raise ValueError(f"{name}: {reason}")
-        home = home_of(parameter, replicas)
-        device = parameter.device
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else replica_mesh
+        home = home_of(parameter, replicas, shares_momentum=mesh is not None)
+        device = parameter.device
         if mesh is not None and mesh.device_type != device.type:  # offloaded to the host
             device = torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
-        return cls(name, tuple(parameter.shape), group, state, "", home.ranks, device, parameter, home, mesh)
+        return cls(name, tuple(parameter.shape), group, state, "", home.ranks, device, parameter, home, mesh, turn)
 
     @property
     def has_gradient(self) -> bool:
@@ -144,12 +150,7 @@ class TensorShard(Shard):
                 f"put it in a buffer of its own. Make the optimizer with the class that muon_dist.integrations has "
                 f"for this engine"
             )
-        if self.home.repeats_momentum:
-            raise ValueError(
-                f"{self.name} is sharded in both dimensions and replicated besides ({self.home.placements}), which "
-                f"Muon does not support; give it to AdamW or replicate it over one mesh dimension less"
-            )
-        return geometry_of(*self.shape, self.home)
+        return geometry_of(*self.shape, self.home, self.turn)
 
     @property
     def rect(self) -> Rect:
