@@ -39,11 +39,12 @@ def values(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator).cuda() for name, shape in SHAPES.items()}
 
 
-def train(sharded: bool, **options: Any) -> dict[str, Tensor]:
+def train(sharded: bool, offloaded: bool = False, **options: Any) -> dict[str, Tensor]:
     mesh = init_device_mesh("cuda", (dist.get_world_size(),)) if sharded else None
 
     def place(tensor: Tensor) -> Tensor:
-        return tensor if mesh is None else distribute_tensor(tensor, mesh, [Shard(0)])
+        placed = tensor if mesh is None else distribute_tensor(tensor, mesh, [Shard(0)])
+        return placed.cpu() if offloaded else placed  # as FSDP2's CPUOffloadPolicy does
 
     parameters = {name: nn.Parameter(place(value)) for name, value in values(0).items()}
     optimizer = DistMuon(list(parameters.items()), chunk_bytes=1 << 20, **options)
@@ -51,16 +52,22 @@ def train(sharded: bool, **options: Any) -> dict[str, Tensor]:
         for name, gradient in values(1 + step).items():
             parameters[name].grad = place(gradient)
         optimizer.step()
-    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu() for n, p in parameters.items()}
+    return {n: whole(p.detach()).cpu() for n, p in parameters.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.cuda().full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize(("state", "wire"), [("fp32", "fp32"), ("linear8", "bf16")])
-def test_nccl_ranks_equal_the_single_process(ranks: int, state: str, wire: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("state", "wire", "place"), [("fp32", "fp32", ""), ("linear8", "bf16", ""), ("linear8", "bf16", "offloaded")]
+)
+def test_nccl_ranks_equal_the_single_process(ranks: int, state: str, wire: str, place: str, tmp_path: Path) -> None:
     """Each rank takes another host's name, so that NCCL lets them share the device."""
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.test_cuda", state, wire, str(tmp_path / f"{rank}.pkl")],
+            [sys.executable, "-m", "tests.test_cuda", state, wire, place, str(tmp_path / f"{rank}.pkl")],
             env={
                 **os.environ,
                 "NCCL_HOSTID": f"host{rank}",
@@ -74,13 +81,13 @@ def test_nccl_ranks_equal_the_single_process(ranks: int, state: str, wire: str, 
         for rank in range(ranks)
     ]
     assert [job.wait(timeout=300) for job in jobs] == [0] * ranks
-    whole = train(sharded=False, momentum_state=state, wire=wire)
+    single = train(sharded=False, momentum_state=state, wire=wire)
     start = {name: value.cpu() for name, value in values(0).items()}
     for rank in range(ranks):
         found = pickle.loads((tmp_path / f"{rank}.pkl").read_bytes())
         for name, weight in found.items():
             # cuBLAS picks other kernels for other batch sizes: equal to the rounding of fp16 arithmetic.
-            error = float((weight - whole[name]).norm() / (whole[name] - start[name]).norm())
+            error = float((weight - single[name]).norm() / (single[name] - start[name]).norm())
             assert error < 5e-3, (rank, name, error)
 
 
@@ -124,11 +131,12 @@ def test_the_memory_of_a_step_does_not_grow_with_the_model() -> None:
     assert extra(48) <= extra(12) * 1.05
 
 
-def _run_rank(state: str, wire: str, out: str) -> None:
+def _run_rank(state: str, wire: str, place: str, out: str) -> None:
     torch.cuda.set_device(0)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("nccl", init_method=f"file://{os.environ['STORE']}", rank=rank, world_size=ranks)
-    Path(out).write_bytes(pickle.dumps(train(sharded=True, momentum_state=state, wire=wire)))
+    weights = train(sharded=True, offloaded=place == "offloaded", momentum_state=state, wire=wire)
+    Path(out).write_bytes(pickle.dumps(weights))
     dist.destroy_process_group()
 
 
