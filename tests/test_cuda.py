@@ -56,7 +56,8 @@ def train(sharded: bool, offloaded: bool = False, **options: Any) -> dict[str, T
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.cuda().full_tensor() if isinstance(tensor, DTensor) else tensor
+    on_gpu = tensor.cuda()
+    return on_gpu.full_tensor() if isinstance(on_gpu, DTensor) else on_gpu
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
