@@ -206,4 +206,5 @@ def wrap_local(piece: Tensor, shape: Sequence[int], mesh: DeviceMesh | None, pla
     if mesh is None:
         return piece
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides))
+    whole = DTensor.from_local(piece, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides))
+    return whole.to(piece.device)  # from_local() takes what is offloaded to the mesh's device

@@ -128,7 +128,7 @@ def _train(changes: dict[str, Any]) -> Any:
 def _overflow(stage: int) -> dict[str, Any]:
     engine = _train({"zero_optimization": {"stage": stage}, "fp16": FP16})
     losses, changed, steps = [], False, 40
-    for step in range(steps):
+    for _ in range(steps):
         value = loss(engine, 0, torch.float16)
         losses.append(value.item())
         engine.backward(value)
