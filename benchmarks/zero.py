@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed's Muon compiles itself, for minutes on CPU
+if not torch.cuda.is_available():
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed's Muon compiles itself, for minutes on CPU
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
 SIZES = {  # vocabulary, hidden, intermediate, layers, sequence length, sequences a rank
@@ -109,7 +110,7 @@ def text_batches(size: str, device: torch.device) -> Iterator[Tensor]:
 def measure(
     optimizer: dict[str, Any], stage: int, size: str, steps: int, traffic: Traffic, device: torch.device
 ) -> dict[str, Any]:
-    """Trains a fresh model for ``steps`` steps; figures of rank 0, times as medians."""
+    """Trains a fresh model for ``steps`` steps; figures of rank 0, times as medians over the second half."""
     import deepspeed
 
     import muon_dist.integrations.deepspeed  # noqa: F401 (registers)
@@ -165,8 +166,8 @@ def measure(
         "state_bytes": measured_state_bytes(engine.basic_optimizer) + staging_bytes(engine.optimizer),
         "momentum_bytes_per_element": (momentum_bytes(engine.basic_optimizer) + staging_bytes(engine.optimizer))
         / (matrices / _ranks()),
-        "step_ms": 1e3 * statistics.median(inside[1:]),
-        "whole_ms": 1e3 * statistics.median(whole[1:]),
+        "step_ms": 1e3 * statistics.median(inside[steps // 2 :]),
+        "whole_ms": 1e3 * statistics.median(whole[steps // 2 :]),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
         "losses": losses,
     }
@@ -208,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="nano")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--share-gpu", action="store_true", help="all ranks on the first GPU")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     arguments = parser.parse_args()

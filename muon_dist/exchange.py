@@ -20,6 +20,10 @@ from muon_dist.layout import Rect
 from muon_dist.plan import Bundle, Chunk, Parcel, Side
 from muon_dist.wire import WireFormat
 
+# Elements of the Gram matrices of a batch: bounds the workspace of the polar factor. A batch of 8 with 2048 rows fills
+# the chip.
+_BATCH_ELEMENTS = 8 * 2048**2
+
 
 class Buffers(NamedTuple):
     """The memory of a chunk on its way, uint8. Without a group nothing travels, and all are one."""
@@ -75,14 +79,25 @@ class Exchange:
         """Starts the way from the holders to the owners."""
         return self._trade(buffers.held, self.held, buffers.owned, self.owned)
 
-    def replace_owned(self, function: Callable[[Tensor], Tensor], buffers: Buffers) -> None:
-        """Replaces the owned matrices by what ``function`` makes of them, ``[n, rows, cols]`` a bundle."""
+    def replace_owned(self, function: Callable[[Tensor, Tensor | None], Tensor], buffers: Buffers) -> None:
+        """Replaces the owned matrices by what ``function`` makes of them.
+
+        It takes ``[n, rows, cols]``, at most about a batch, and where it may put the result, if it can lie in the
+        buffer as it is.
+        """
         for bundle, parcels in self._by_bundle:
-            shape, frame = bundle.geometry[:2], bundle.geometry.frame
-            matrices = self._assembled(bundle, parcels, buffers).view(-1, *shape)
-            updates = function(matrices).reshape(-1, *frame)  # a copy only where runs of a transposed result are cut
-            for parcel in parcels:
-                self._wire.pack(updates[(slice(None), *parcel.rect.slices)], _rows(parcel, buffers.owned))
+            geometry, frame = bundle.geometry, bundle.geometry.frame
+            count = max(1, _BATCH_ELEMENTS // min(geometry.rows, geometry.cols) ** 2)
+            for first in range(0, len(bundle.matrices), count):
+                rows = [_rows(parcel, buffers.owned)[first : first + count] for parcel in parcels]
+                matrices = self._assembled(bundle, parcels, rows).view(-1, geometry.rows, geometry.cols)
+                out = self._wire.back.view(rows[0], geometry.rows, geometry.cols) if len(parcels) == 1 else None
+                updates = function(matrices, out)
+                if updates is out:
+                    continue
+                updates = updates.reshape(-1, *frame)  # a copy only where runs of a transposed result are cut
+                for parcel, packed in zip(parcels, rows, strict=True):
+                    self._wire.back.pack(updates[(slice(None), *parcel.rect.slices)], packed)
 
     def scatter(self, buffers: Buffers) -> dist.Work | None:
         """Starts the way from the owners back to the holders."""
@@ -104,12 +119,12 @@ class Exchange:
             for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffer), strict=True):
                 apply(matrix, parcel.rect, packed)
 
-    def _assembled(self, bundle: Bundle, parcels: Sequence[Parcel], buffers: Buffers) -> Tensor:
-        """Whole matrices of a bundle, ``[n, *frame]``; those that lie in one piece are not copied."""
-        pieces = [(p.rect, self._wire.unpack(_rows(p, buffers.owned), p.rect.rows, p.rect.cols)) for p in parcels]
+    def _assembled(self, bundle: Bundle, parcels: Sequence[Parcel], rows: Sequence[Tensor]) -> Tensor:
+        """Whole matrices, ``[n, *frame]``, from the bytes of their pieces; those in one piece are not copied."""
+        pieces = [(p.rect, self._wire.unpack(r, p.rect.rows, p.rect.cols)) for p, r in zip(parcels, rows, strict=True)]
         if len(pieces) == 1:
             return pieces[0][1]
-        stack = pieces[0][1].new_empty((len(bundle.matrices), *bundle.geometry.frame))
+        stack = pieces[0][1].new_empty((len(rows[0]), *bundle.geometry.frame))
         for rect, piece in pieces:
             stack[(slice(None), *rect.slices)] = piece
         return stack

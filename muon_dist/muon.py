@@ -21,7 +21,7 @@ from torch import Tensor
 from muon_dist import kernels
 from muon_dist.layout import Matrix, Rect
 from muon_dist.options import Options, PolarForm, UpdateScale
-from muon_dist.polar import Schedule, polar_factor
+from muon_dist.polar import Schedule, default_dtype, polar_factor
 from muon_dist.shards import Shard
 from muon_dist.staging import on_device
 from muon_dist.state import StoredTensor, momentum_of
@@ -94,9 +94,9 @@ class MuonParameter:
         decay = 1 - lr * group["weight_decay"]
         scale = UPDATE_SCALES[group["update_scale"]](rows, cols)
         if kernels.usable_on(weight.device) and weight.stride(1) == 1:
-            momentum_kernels.apply(weight, wire.for_kernels(packed, *weight.shape), decay, -lr * scale)
+            momentum_kernels.apply(weight, wire.back.for_kernels(packed, *weight.shape), decay, -lr * scale)
             return
-        (update,) = wire.unpack(packed.unsqueeze(0), *weight.shape)
+        (update,) = wire.back.unpack(packed.unsqueeze(0), *weight.shape)
         wide = weight.float()  # the weight itself where it is fp32 already
         wide.mul_(decay).add_(update, alpha=-lr * scale)
         if wide is not weight:
@@ -116,8 +116,10 @@ class MuonWork:
     def accumulate(self, matrix: int, rect: Rect, packed: Tensor) -> None:
         self.parameters[matrix].accumulate(rect, self.wire, packed)
 
-    def polar(self, matrices: Tensor) -> Tensor:
-        return polar_factor(matrices, self.schedule, form=self.form, dtype=self.dtype)
+    def polar(self, matrices: Tensor, out: Tensor | None) -> Tensor:
+        dtype = self.dtype or default_dtype(matrices.device)
+        fits = out is not None and out.dtype == dtype
+        return polar_factor(matrices, self.schedule, form=self.form, dtype=dtype, out=out if fits else None)
 
     def apply(self, matrix: int, rect: Rect, packed: Tensor) -> None:
         self.parameters[matrix].apply(rect, self.wire, packed)

@@ -39,8 +39,8 @@ class MatrixWork(Protocol):
     def accumulate(self, matrix: int, rect: Rect, packed: Tensor) -> None:
         """Takes this rank's gradient into its momentum and packs what is to be orthogonalised, of one piece."""
 
-    def polar(self, matrices: Tensor) -> Tensor:
-        """Polar factors of ``[n, rows, cols]``."""
+    def polar(self, matrices: Tensor, out: Tensor | None) -> Tensor:
+        """Polar factors of ``[n, rows, cols]``; in ``out``, which may be the same memory, or in new memory."""
 
     def apply(self, matrix: int, rect: Rect, packed: Tensor) -> None:
         """Updates a piece of this rank's parameter from its packed update."""

@@ -1,5 +1,8 @@
 """Wire formats: how the elements of a piece travel between ranks, as bytes.
 
+What comes back takes as many bytes as what went out. Polar factors have no element above one, so where elements take
+two bytes they are bf16 on the way out, for its range, and fp16 on the way back, for its three more digits.
+
 Each piece starts at a multiple of 16 bytes, so that its bytes can be read as any dtype where they arrive.
 """
 
@@ -19,13 +22,21 @@ from muon_dist.options import Wire
 _ALIGNMENT = 16
 # Blocks of the int8 wire. A piece is encoded where it is cut, so they need not match the codec's.
 _INT8_BLOCK = 128
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class WireFormat(Protocol):
     """Turns ``n`` pieces of ``[rows, cols]`` into rows of a uint8 tensor ``[n, nbytes(rows, cols)]`` and back."""
 
+    @property
+    def back(self) -> WireFormat:
+        """The format of what comes back."""
+
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes that one piece takes in the buffer."""
+
+    def view(self, packed: Tensor, rows: int, cols: int) -> Tensor | None:
+        """The bytes of ``packed`` as ``[n, rows, cols]`` to be read and written, if they are plain numbers."""
 
     def for_kernels(self, packed: Tensor, rows: int, cols: int) -> Encoded:
         """One piece (uint8 ``[nbytes]``) as kernels take it."""
@@ -39,21 +50,27 @@ class WireFormat(Protocol):
 
 @dataclass(frozen=True)
 class FloatWire:
-    """Elements as they are, in fp32 (exact) or bf16."""
+    """Elements as they are, in fp32 (exact), bf16 or fp16."""
 
     dtype: torch.dtype
+
+    @property
+    def back(self) -> WireFormat:
+        return FloatWire(torch.float16) if self.dtype == torch.bfloat16 else self
 
     def nbytes(self, rows: int, cols: int) -> int:
         return _aligned(rows * cols * self.dtype.itemsize)
 
     def for_kernels(self, packed: Tensor, rows: int, cols: int) -> Encoded:
-        name = "fp32" if self.dtype == torch.float32 else "bf16"
-        return Encoded(name, {"": packed.view(self.dtype)[: rows * cols]})
+        return Encoded(_FORMATS[self.dtype], {"": packed.view(self.dtype)[: rows * cols]})
 
     def pack(self, pieces: Tensor, out: Tensor) -> None:
-        self.unpack(out, *pieces.shape[1:]).copy_(pieces)
+        self.view(out, *pieces.shape[1:]).copy_(pieces)
 
     def unpack(self, packed: Tensor, rows: int, cols: int) -> Tensor:
+        return self.view(packed, rows, cols)
+
+    def view(self, packed: Tensor, rows: int, cols: int) -> Tensor:
         return packed.view(self.dtype)[:, : rows * cols].view(-1, rows, cols)
 
 
@@ -62,6 +79,10 @@ class Int8Wire:
     """Elements as linear8 codes with their scales behind them: half the bytes of bf16, an error of about 1%."""
 
     codec: Linear8
+
+    @property
+    def back(self) -> WireFormat:
+        return self
 
     def nbytes(self, rows: int, cols: int) -> int:
         return _aligned(rows * cols) + _aligned(rows * block_count(cols, self.codec.block) * SCALE_DTYPE.itemsize)
@@ -75,6 +96,9 @@ class Int8Wire:
 
     def unpack(self, packed: Tensor, rows: int, cols: int) -> Tensor:
         return torch.stack([self.codec.decode(self._buffers(piece, rows, cols)) for piece in packed])
+
+    def view(self, packed: Tensor, rows: int, cols: int) -> None:
+        return None
 
     def _buffers(self, packed: Tensor, rows: int, cols: int) -> dict[str, Tensor]:
         """The codes and scales inside the bytes of one piece."""

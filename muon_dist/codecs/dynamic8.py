@@ -16,7 +16,7 @@ from torch import Tensor
 
 from muon_dist.codecs.blocks import SCALE_DTYPE, SMALLEST_SCALE, block_count, from_blocks, reciprocal, to_blocks
 from muon_dist.codecs.protocol import BufferSpec
-from muon_dist.kernels import Encoded
+from muon_dist.kernels import CELL_SHIFT, CELLS, FIRST_CELL, Encoded, Tables
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Dynamic8:
         high, low = blocks.amax(-1), blocks.amin(-1)
         largest = torch.where(high >= -low, high, low)
         scales = torch.where(largest.abs() < SMALLEST_SCALE, 0.0, largest).to(SCALE_DTYPE)  # [..., blocks]
-        _, borders = _map_on(values.device, self.signed)
+        borders = _map_on(values.device, self.signed).borders
         # Rounding the scale can put the largest element as low as 0.996, nearer to 0.993 than to 1: name it.
         fractions = blocks * reciprocal(scales).unsqueeze(-1)
         fractions.masked_fill_((blocks == largest.unsqueeze(-1)) & (scales != 0).unsqueeze(-1), 1.0)
@@ -55,8 +55,7 @@ class Dynamic8:
 
     def decode(self, buffers: Mapping[str, Tensor]) -> Tensor:
         codes, scales = buffers["codes"], buffers["scales"]
-        levels, _ = _map_on(codes.device, self.signed)
-        fractions = levels[to_blocks(codes, self.block).int()]
+        fractions = _map_on(codes.device, self.signed).levels[to_blocks(codes, self.block).int()]
         return from_blocks(fractions.mul_(scales.float().unsqueeze(-1)), codes.shape[-1]).contiguous()
 
 
@@ -78,8 +77,18 @@ def dynamic_map(signed: bool) -> list[float]:
 
 
 @lru_cache(maxsize=32)
-def _map_on(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
-    """The levels and the borders half-way between neighbours, fp32 on ``device``."""
+def _map_on(device: torch.device, signed: bool) -> Tables:
+    """The levels, and the borders half-way between neighbours, on ``device``."""
     levels = torch.tensor(dynamic_map(signed), dtype=torch.float64)
-    borders = (levels[:-1] + levels[1:]) / 2
-    return levels.float().to(device), borders.float().to(device)
+    borders = ((levels[:-1] + levels[1:]) / 2).float()
+    return Tables(levels.float().to(device), borders.to(device), _starts(borders).to(device))
+
+
+def _starts(borders: Tensor) -> Tensor:
+    """The number of borders below each cell of the line, uint8: one search less for kernels, see ``Tables``."""
+    edges = torch.arange(CELLS + 1, dtype=torch.int32).add_(FIRST_CELL).bitwise_left_shift_(CELL_SHIFT)
+    edges = edges.view(torch.float32)
+    edges[0] = 0.0
+    above = torch.bucketize(edges[:-1], borders)  # of x >= 0: borders < its cell's lower edge
+    below = torch.bucketize(-edges[1:], borders, right=True)  # of x < 0: borders <= its cell's lower edge
+    return torch.cat([above, below]).to(torch.uint8)

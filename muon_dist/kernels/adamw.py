@@ -35,8 +35,7 @@ def adamw(
         step: fp32 scalar on the same device: the number of this step, from 1.
         first, second: the moments, in one format and block; updated in place.
     """
-    rows, cols = weight.shape
-    tiling = Tiling.of(rows, cols, first, second)
+    tiling = Tiling.of(weight, first, second)
     _adamw[tiling.grid](
         weight,
         gradient,
@@ -65,12 +64,15 @@ def _adamw(
     first_scales,
     first_levels,
     first_borders,
+    first_starts,
     second,
     second_scales,
     second_levels,
     second_borders,
+    second_starts,
     rows,
     cols,
+    stride,
     blocks,
     numel,
     lr,
@@ -86,16 +88,16 @@ def _adamw(
     COLS: tl.constexpr,
 ):
     row, col, mask = tile_of(rows, cols, numel, BLOCK, ROWS, COLS)
-    g = tl.load(gradient + row * cols + col, mask=mask, other=0).to(tl.float32)
-    w = tl.load(weight + row * cols + col, mask=mask, other=0).to(tl.float32)
+    g = tl.load(gradient + row * stride + col, mask=mask, other=0).to(tl.float32)
+    w = tl.load(weight + row * stride + col, mask=mask, other=0).to(tl.float32)
     m = load_tile(first, first_scales, first_levels, row, col, mask, rows, cols, blocks, FORMAT)
     v = load_tile(second, second_scales, second_levels, row, col, mask, rows, cols, blocks, FORMAT)
     m += weight1 * (g - m)
     v += weight2 * (g * g - v)
-    store_tile(m, first, first_scales, first_borders, row, col, mask, rows, cols, blocks, FORMAT)
-    store_tile(v, second, second_scales, second_borders, row, col, mask, rows, cols, blocks, FORMAT)
+    store_tile(m, first, first_scales, first_borders, first_starts, row, col, mask, rows, cols, blocks, FORMAT)
+    store_tile(v, second, second_scales, second_borders, second_starts, row, col, mask, rows, cols, blocks, FORMAT)
     t = tl.load(step)
     correction1 = 1 - tl.exp2(t * log2_beta1)
     correction2 = 1 - tl.exp2(t * log2_beta2)
     w = w * decay - (lr / correction1) * m / (tl.sqrt(v / correction2) + eps)
-    tl.store(weight + row * cols + col, w, mask=mask)
+    tl.store(weight + row * stride + col, w, mask=mask)

@@ -23,11 +23,9 @@ def accumulate(gradient: Tensor, momentum: Encoded, packed: Encoded, beta: float
         packed: written. Its blocks agree with the momentum's.
         beta, nesterov: as in Muon.
     """
-    rows, cols = gradient.shape
-    tiling = Tiling.of(rows, cols, momentum, packed)
+    tiling = Tiling.of(gradient, momentum, packed)
     _accumulate[tiling.grid](
         gradient,
-        tiling.row_stride(gradient),
         *momentum.pointers,
         *packed.pointers[:2],
         *tiling.shape,
@@ -46,11 +44,9 @@ def apply(weight: Tensor, update: Encoded, decay: float, factor: float) -> None:
         weight: [rows, cols], fp32, bf16 or fp16; rows may have any stride, columns lie side by side.
         update: of the same shape.
     """
-    rows, cols = weight.shape
-    tiling = Tiling.of(rows, cols, update)
+    tiling = Tiling.of(weight, update)
     _apply[tiling.grid](
         weight,
-        tiling.row_stride(weight),
         *update.pointers[:2],
         *tiling.shape,
         decay,
@@ -63,15 +59,16 @@ def apply(weight: Tensor, update: Encoded, decay: float, factor: float) -> None:
 @triton.jit
 def _accumulate(
     gradient,
-    stride,
     elements,
     scales,
     levels,
     borders,
+    starts,
     packed,
     packed_scales,
     rows,
     cols,
+    stride,
     blocks,
     numel,
     weight,
@@ -86,20 +83,20 @@ def _accumulate(
     g = tl.load(gradient + row * stride + col, mask=mask, other=0).to(tl.float32)
     m = load_tile(elements, scales, levels, row, col, mask, rows, cols, blocks, MOMENTUM)
     m += weight * (g - m)
-    store_tile(m, elements, scales, borders, row, col, mask, rows, cols, blocks, MOMENTUM)
+    store_tile(m, elements, scales, borders, starts, row, col, mask, rows, cols, blocks, MOMENTUM)
     if NESTEROV:
         m -= weight * (m - g)
-    store_tile(m, packed, packed_scales, borders, row, col, mask, rows, cols, blocks, PACKED)
+    store_tile(m, packed, packed_scales, borders, starts, row, col, mask, rows, cols, blocks, PACKED)
 
 
 @triton.jit
 def _apply(
     weight,
-    stride,
     elements,
     scales,
     rows,
     cols,
+    stride,
     blocks,
     numel,
     decay,

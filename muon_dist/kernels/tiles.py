@@ -12,43 +12,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muon_dist.kernels import Encoded
+from muon_dist.kernels import CELL_SHIFT, CELLS, FIRST_CELL, Encoded
 
-# Elements of a tile: 32 a thread in four warps.
-_TILE_ELEMENTS = 4096
+# Elements of a tile: 16 a thread in four warps. Measured: smaller and larger tiles are slower.
+_TILE_ELEMENTS = 2048
 # Block of formats without scales: only the shape of a tile.
 _PLAIN_BLOCK = 128
 # As codecs.blocks.SMALLEST_SCALE.
 _SMALLEST_SCALE = tl.constexpr(2.0**-100)
+_CELL_SHIFT = tl.constexpr(CELL_SHIFT)
+_FIRST_CELL = tl.constexpr(FIRST_CELL)
+_CELLS = tl.constexpr(CELLS)
 
 
 class Tiling(NamedTuple):
-    """How values are cut into tiles: the grid, the matrix of blocks under it, and what kernels take as constants.
+    """How [rows, cols] values are cut into tiles: the grid, what it lies on, and what kernels take as constants.
 
-    A single row, a flat shard or a vector, is folded into rows of one block each.
+    Where memory allows, they are folded into one column of blocks: tiles are then contiguous, and short rows, flat
+    shards and vectors fill them as well as large matrices do.
     """
 
     grid: tuple[int, int]
-    shape: tuple[int, int, int, int]  # rows, columns, blocks in a row, elements: the last row may be short
+    shape: tuple[int, int, int, int, int]  # rows, columns, stride of the plain tensor's rows, blocks in a row, elements
     constants: dict[str, int]
 
     @classmethod
-    def of(cls, rows: int, cols: int, *values: Encoded) -> Tiling:
-        """A tile is some rows of one block of ``values``, which have one block among them, or none."""
-        plain = _TILE_ELEMENTS if 1 < rows < _TILE_ELEMENTS // _PLAIN_BLOCK else _PLAIN_BLOCK
-        block = next((min(v.block, cols) for v in values if v.block is not None), min(plain, cols))
-        numel = rows * cols
-        if rows == 1:
-            rows, cols = triton.cdiv(cols, block), block
+    def of(cls, plain: Tensor, *values: Encoded) -> Tiling:
+        """A tile is some rows of one block of ``values``, which have one block among them, or none.
+
+        Args:
+            plain: [rows, cols], the gradient or weight; rows may have any stride.
+            values: contiguous, of the same shape.
+        """
+        rows, cols = plain.shape
+        block = next((min(v.block, cols) for v in values if v.block is not None), min(_PLAIN_BLOCK, cols))
+        numel, stride = rows * cols, plain.stride(0)
+        if rows == 1 or (cols % block == 0 and stride == cols):
+            rows, cols, stride = triton.cdiv(numel, block), block, block
         width = triton.next_power_of_2(block)
         height = max(1, _TILE_ELEMENTS // width)
         blocks = triton.cdiv(cols, block)
         constants = {"BLOCK": block, "ROWS": height, "COLS": width}
-        return cls((triton.cdiv(rows, height), blocks), (rows, cols, blocks, numel), constants)
-
-    def row_stride(self, tensor: Tensor) -> int:
-        """Elements from one row to the next of a tensor that was given as [rows, cols]."""
-        return self.shape[1] if tensor.shape[0] == 1 else tensor.stride(0)
+        return cls((triton.cdiv(rows, height), blocks), (rows, cols, stride, blocks, numel), constants)
 
 
 @triton.jit
@@ -76,14 +81,14 @@ def load_tile(elements, scales, levels, row, col, mask, rows, cols, blocks, FORM
 
 
 @triton.jit
-def store_tile(values, elements, scales, borders, row, col, mask, rows, cols, blocks, FORMAT: tl.constexpr):
+def store_tile(values, elements, scales, borders, starts, row, col, mask, rows, cols, blocks, FORMAT: tl.constexpr):
     """Encodes a tile and stores it. ``values`` are zero outside the mask."""
     if FORMAT == "linear8":
         codes, scale = encode_linear8(values)
         tl.store(elements + row * cols + col, codes, mask=mask)
         tl.store(scales + row * blocks + tl.program_id(1), scale, mask=row < rows)
     elif FORMAT == "dynamic8":
-        codes, scale = encode_dynamic8(values, borders)
+        codes, scale = encode_dynamic8(values, borders, starts)
         tl.store(elements + row * cols + col, codes, mask=mask)
         tl.store(scales + row * blocks + tl.program_id(1), scale, mask=row < rows)
     else:
@@ -101,18 +106,19 @@ def encode_linear8(values):
 
 
 @triton.jit
-def encode_dynamic8(values, borders):
+def encode_dynamic8(values, borders, starts):
     """uint8 codes [ROWS, COLS] and bf16 scales [ROWS, 1], with the sign of the largest element."""
     high = tl.max(values, axis=1, keep_dims=True)
     low = tl.min(values, axis=1, keep_dims=True)
     largest = tl.where(high >= -low, high, low)
     scale, inverse = _scale(largest, values)
     fractions = tl.where((values == largest) & (scale.to(tl.float32) != 0), 1.0, values * inverse)
-    codes = tl.zeros(values.shape, tl.int32)  # how many of the 255 borders lie below
-    for power in tl.static_range(8):
-        step = 128 >> power
-        border = tl.load(borders + codes + (step - 1))
-        codes = tl.where(fractions > border, codes + step, codes)
+    bits = fractions.to(tl.int32, bitcast=True)
+    cell = ((bits & 0x7FFFFFFF) >> _CELL_SHIFT) - _FIRST_CELL
+    cell = tl.minimum(tl.maximum(cell, 0), _CELLS - 1)
+    codes = tl.load(starts + tl.where(bits < 0, cell + _CELLS, cell)).to(tl.int32)
+    border = tl.load(borders + tl.minimum(codes, 254))
+    codes = tl.minimum(tl.where(fractions > border, codes + 1, codes), 255)
     return codes.to(tl.uint8), scale
 
 

@@ -20,64 +20,69 @@ from torch import Tensor
 
 from muon_dist.options import PolarForm
 from muon_dist.polar.coefficients import Schedule, Triple
-from muon_dist.polar.products import scaled, symmetric_product, times_symmetric
+from muon_dist.polar.products import normalised, symmetric_product, times_symmetric
 
 # From this ratio of the sides on, the Gram form needs fewer FLOPs.
 GRAM_FROM_ASPECT = 2.0
 # The Gram matrix is formed anew after this many iterations.
 RESTART_AFTER = 2
-# Matrices whose largest element is below this count as zero: so does, about, their polar factor.
-SMALLEST_ELEMENT = 1e-30
 
 
 def polar_factor(
-    matrices: Tensor, schedule: Schedule, *, form: PolarForm = "auto", dtype: torch.dtype | None = None
+    matrices: Tensor,
+    schedule: Schedule,
+    *,
+    form: PolarForm = "auto",
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Approximate polar factors of a batch of matrices.
 
     Args:
-        matrices: ``[..., rows, cols]``, floating point. Zero matrices give zero. Not modified.
+        matrices: ``[..., rows, cols]``, floating point. Zero matrices give zero. Not modified, but where ``out`` lies.
         schedule: iterations to run, see :func:`muon_dist.polar.coefficients.schedule`.
         form: "standard", "gram", or "auto": whichever needs fewer FLOPs for this shape.
         dtype: arithmetic of the iteration; by default fp16 on accelerators and fp32 on CPU, where half-precision
             products are about a hundred times slower.
+        out: where to put the result, of ``dtype``; contiguous within a matrix. It may be the memory of ``matrices``, if
+            their elements are as large.
 
     Returns:
         ``[..., rows, cols]`` in ``dtype``.
     """
     if dtype is None:
-        dtype = torch.float32 if matrices.device.type == "cpu" else torch.float16
+        dtype = default_dtype(matrices.device)
     rows, cols = matrices.shape[-2:]
-    x = _normalised(matrices.reshape(-1, rows, cols).contiguous(), schedule.margin, dtype)
-    if rows > cols:
-        x = x.mT  # [n, s, l] with s <= l from here on; the memory stays as it is
+    if out is None:
+        out = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
     if form == "auto":
-        form = "gram" if x.shape[-1] >= GRAM_FROM_ASPECT * x.shape[-2] else "standard"
-    x = (_gram_form if form == "gram" else _standard_form)(x, schedule.coefficients)
-    return (x.mT if rows > cols else x).view(matrices.shape)
+        form = "gram" if max(rows, cols) >= GRAM_FROM_ASPECT * min(rows, cols) else "standard"
+    steps = len(schedule.coefficients)
+    iterate, products = (_gram_form, 1 + (steps > RESTART_AFTER)) if form == "gram" else (_standard_form, steps)
+    # Two memories take turns with each product of a whole matrix; start with the one that makes the last end in out.
+    result = out.view(-1, rows, cols)
+    turns = (torch.empty_like(result), result)
+    current, other = turns if products % 2 else turns[::-1]
+    normalised(matrices.reshape(-1, rows, cols), schedule.margin, out=current)
+    if rows > cols:
+        current, other = current.mT, other.mT  # [n, s, l] with s <= l from here on; the memory stays as it is
+    iterate(current, other, schedule.coefficients)
+    return out
 
 
-def _normalised(matrices: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
-    """``[n, rows, cols]`` divided by ``margin`` times their Frobenius norms, in ``dtype``.
-
-    In two steps, each in one pass and without a copy in a wider type: to elements of at most one, whose squares neither
-    overflow nor vanish, and to the norm.
-    """
-    largest = torch.linalg.vector_norm(matrices, ord=torch.inf, dim=(-2, -1)).float()
-    x = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
-    scaled(matrices, largest.clamp_(min=SMALLEST_ELEMENT).reciprocal_(), out=x)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
-    return scaled(x, norm.clamp_(min=1.0).mul_(margin).reciprocal_(), out=x)
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Arithmetic of the iteration on ``device``."""
+    return torch.float32 if device.type == "cpu" else torch.float16
 
 
-def _standard_form(x: Tensor, coefficients: tuple[Triple, ...]) -> Tensor:
-    """X <- P X with P = a I + b R + c R^2 and R = X X^T, once for each triple. ``x`` is ``[n, s, l]``."""
+def _standard_form(current: Tensor, other: Tensor, coefficients: tuple[Triple, ...]) -> None:
+    """X <- P X with P = a I + b R + c R^2 and R = X X^T, for each triple. X is ``[n, s, l]``, first in ``current``."""
     for triple in coefficients:
-        x = times_symmetric(_iteration(symmetric_product(x, x), triple), x)
-    return x
+        p = _iteration(symmetric_product(current, current), triple)
+        current, other = times_symmetric(p, current, out=other), current
 
 
-def _gram_form(x: Tensor, coefficients: tuple[Triple, ...]) -> Tensor:
+def _gram_form(current: Tensor, other: Tensor, coefficients: tuple[Triple, ...]) -> None:
     """The same map as :func:`_standard_form`, collected in Q: the result is Q X.
 
     Q, P and the Gram matrix R are polynomials of the same symmetric matrix: they commute and stay symmetric.
@@ -85,14 +90,17 @@ def _gram_form(x: Tensor, coefficients: tuple[Triple, ...]) -> Tensor:
     for segment in (coefficients[:RESTART_AFTER], coefficients[RESTART_AFTER:]):
         if not segment:
             continue
-        r = symmetric_product(x, x)
+        r = symmetric_product(current, current)
         q = p = _iteration(r, segment[0])
         for triple in segment[1:]:
-            r = symmetric_product(symmetric_product(p, r), p)
+            pr = symmetric_product(p, r)
+            del r  # memory of [n, s, s] is most of the workspace where matrices are square
+            r = symmetric_product(pr, p)
+            del pr
             p = _iteration(r, triple)
             q = symmetric_product(q, p)
-        x = times_symmetric(q, x)
-    return x
+        del r, p
+        current, other = times_symmetric(q, current, out=other), current
 
 
 def _iteration(gram: Tensor, triple: Triple) -> Tensor:

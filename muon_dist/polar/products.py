@@ -1,5 +1,5 @@
 """The products that Newton-Schulz is made of: with a symmetric result, so that half of it need not be computed; with a
-symmetric factor, so that tall matrices need not be transposed; and with a factor a matrix."""
+symmetric factor, so that tall matrices need not be transposed; and what goes before them, division by the norm."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from torch import Tensor
 from muon_dist import kernels
 
 if kernels.HAS_TRITON:
-    from muon_dist.kernels import scale as scale_kernels
+    from muon_dist.kernels import normalise as normalise_kernels
     from muon_dist.kernels import symmetric as symmetric_kernels
+
+# Matrices whose norm is below this count as zero: so does, about, their polar factor.
+SMALLEST_NORM = 1e-30
 
 
 def symmetric_product(
@@ -34,16 +37,24 @@ def symmetric_product(
     return product
 
 
-def times_symmetric(q: Tensor, x: Tensor) -> Tensor:
-    """Q X for a symmetric Q, ``[n, s, s]``, and ``[n, s, l]``; laid out in memory as x is."""
+def times_symmetric(q: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Q X for a symmetric Q, ``[n, s, s]``, and ``[n, s, l]``; laid out in memory as x is, also ``out``."""
     if x.stride(-1) != 1:
-        return torch.bmm(x.mT, q).mT
-    return torch.bmm(q, x)
+        return torch.bmm(x.mT, q, out=None if out is None else out.mT).mT
+    return torch.bmm(q, x, out=out)
 
 
-def scaled(matrices: Tensor, factors: Tensor, *, out: Tensor) -> Tensor:
-    """Each matrix times its factor, into ``out``. ``[n, rows, cols]`` and ``[n]``; all contiguous."""
+def normalised(matrices: Tensor, margin: float, *, out: Tensor) -> None:
+    """Each matrix divided by ``margin`` times its Frobenius norm, into ``out``; zeros stay zeros.
+
+    ``[n, rows, cols]``, contiguous within a matrix; both may be the same memory where their elements are as large.
+    """
     if kernels.usable_on(matrices.device):
-        scale_kernels.scale(matrices, factors, out)
-        return out
-    return torch.mul(matrices, factors[:, None, None], out=out)
+        normalise_kernels.normalise(matrices, out, margin, SMALLEST_NORM)
+        return
+    # By the largest element first: then squares neither overflow nor vanish.
+    largest = torch.linalg.vector_norm(matrices, ord=torch.inf, dim=(-2, -1)).float().clamp_(min=SMALLEST_NORM)
+    relative = matrices.float() / largest[:, None, None]
+    norm = torch.linalg.vector_norm(relative, dim=(-2, -1)).mul_(largest).clamp_(min=SMALLEST_NORM)
+    torch.mul(relative, (largest / (norm * margin))[:, None, None], out=relative)
+    out.copy_(relative)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from muon_dist import kernels
-from muon_dist.polar.products import symmetric_product
+from muon_dist.polar.products import SMALLEST_NORM, normalised, symmetric_product
 from tests.kernels.test_kernels import DEVICE
 
 if not kernels.HAS_TRITON:
@@ -17,7 +17,7 @@ import triton
 if DEVICE == "cpu" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
     pytest.skip("older interpreters do not take tensor descriptors (seen with 3.5)", allow_module_level=True)
 
-from muon_dist.kernels import scale as scale_kernels
+from muon_dist.kernels import normalise as normalise_kernels
 from muon_dist.kernels import symmetric as symmetric_kernels
 
 
@@ -41,13 +41,18 @@ def test_gram_matrix_of_a_tall_matrix_as_it_lies() -> None:
     assert float((found.float() - expected).norm() / expected.norm()) < 2e-3
 
 
-def test_scaling_matrix_by_matrix() -> None:
+@pytest.mark.parametrize("size", [1e-35, 1e-25, 1.0, 1e25])
+def test_division_by_the_norm_also_in_place(size: float) -> None:
     torch.manual_seed(0)
-    x, factors = torch.randn(3, 70, 90, device=DEVICE), torch.rand(3, device=DEVICE)
-    out = torch.empty(x.shape, dtype=torch.float16, device=DEVICE)
-    scale_kernels.scale(x, factors, out)
-    expected = (x * factors[:, None, None]).half()
-    assert torch.allclose(out.float(), expected.float(), rtol=2e-3)
+    x = torch.randn(3, 170, 90, device=DEVICE) * size
+    x[1] = 0
+    expected = torch.empty(x.shape)
+    normalised(x.cpu(), 1.1, out=expected)
+    found = torch.empty_like(x)
+    normalise_kernels.normalise(x, found, 1.1, SMALLEST_NORM)
+    assert torch.allclose(found.cpu(), expected, rtol=1e-5)
+    normalise_kernels.normalise(x, x, 1.1, SMALLEST_NORM)
+    assert torch.equal(x, found)
 
 
 def test_a_polynomial_of_a_symmetric_matrix() -> None:

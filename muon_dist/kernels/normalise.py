@@ -1,0 +1,65 @@
+"""Divides each matrix of a batch by its Frobenius norm, in two passes over memory: one to measure, one to scale.
+
+Reference: ``normalised`` in ``muon_dist/polar/products.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 8192
+
+
+def normalise(matrices: Tensor, out: Tensor, margin: float, smallest: float) -> None:
+    """``out[i]`` <- ``matrices[i]`` / (``margin`` ``|matrices[i]|``), in fp32 arithmetic.
+
+    Args:
+        matrices, out: [n, rows, cols], contiguous within a matrix, any floating-point types. They may be the same
+            memory where their elements are as large.
+        smallest: matrices with a smaller norm are divided by this.
+    """
+    n, numel = matrices.shape[0], matrices.shape[1] * matrices.shape[2]
+    blocks = triton.cdiv(numel, _BLOCK)
+    parts = torch.empty((2, n, blocks), dtype=torch.float32, device=matrices.device)
+    factors = torch.empty(n, dtype=torch.float32, device=matrices.device)
+    _measure[(blocks, n)](matrices, matrices.stride(0), parts[0], parts[1], numel, BLOCK=_BLOCK)
+    _combine[(n,)](parts[0], parts[1], factors, blocks, margin, smallest, BLOCKS=triton.next_power_of_2(blocks))
+    _scale[(blocks, n)](matrices, matrices.stride(0), factors, out, out.stride(0), numel, BLOCK=_BLOCK)
+
+
+@triton.jit
+def _measure(matrices, stride, largest, squares, numel, BLOCK: tl.constexpr):
+    """Of each block the largest magnitude, and the sum of squares relative to it: it neither overflows nor vanishes."""
+    matrix = tl.program_id(1).to(tl.int64)
+    within = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(matrices + matrix * stride + within, mask=within < numel, other=0).to(tl.float32)
+    high = tl.max(tl.abs(values), axis=0)
+    relative = values / tl.where(high == 0, 1.0, high)
+    place = matrix * tl.num_programs(0) + tl.program_id(0)
+    tl.store(largest + place, high)
+    tl.store(squares + place, tl.sum(relative * relative, axis=0))
+
+
+@triton.jit
+def _combine(largest, squares, factors, blocks, margin, smallest, BLOCKS: tl.constexpr):
+    """The factor of each matrix. NaN stays NaN: a sum has it even where the largest passes it over."""
+    matrix = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    high = tl.load(largest + matrix * blocks + block, mask=block < blocks, other=0)
+    square = tl.load(squares + matrix * blocks + block, mask=block < blocks, other=0)
+    highest = tl.max(high, axis=0)
+    relative = high / tl.where(highest == 0, 1.0, highest)
+    norm = highest * tl.sqrt(tl.sum(square * relative * relative, axis=0))
+    tl.store(factors + matrix, 1 / (margin * tl.where(norm < smallest, smallest, norm)))
+
+
+@triton.jit
+def _scale(matrices, stride, factors, out, out_stride, numel, BLOCK: tl.constexpr):
+    matrix = tl.program_id(1).to(tl.int64)
+    within = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = within < numel
+    values = tl.load(matrices + matrix * stride + within, mask=mask, other=0).to(tl.float32)
+    tl.store(out + matrix * out_stride + within, values * tl.load(factors + matrix), mask=mask)
