@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -35,7 +36,9 @@ OLDEST = (0, 18)
 try:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.moe.utils import is_moe_param
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    from deepspeed.utils import groups
     from deepspeed.utils.debug import debug_param2name
 except ImportError as error:
     raise ImportError(f"{error}; the integration needs DeepSpeed: pip install 'muon_dist[deepspeed]'") from error
@@ -78,8 +81,9 @@ class DistOrthogonal(DistMuon):
         super().add_param_group(param_group)
         for group in self.param_groups[known:]:
             count = len(self._model_parameters)
-            group.setdefault("param_names", [f"parameter {count + i}" for i in range(len(group["params"]))])
-            self._model_parameters.update(zip(group["param_names"], group["params"], strict=True))
+            unnamed = [f"parameter {count + i}" for i in range(len(group["params"]))]
+            group["members"] = group.get("param_names", unnamed)
+            self._model_parameters.update(zip(group["members"], group["params"], strict=True))
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of the parameters that DeepSpeed has put in the groups."""
@@ -104,10 +108,13 @@ class DistOrthogonal(DistMuon):
             trainable, params = self._trainable(group), group["params"]
             if params and stage_of(trainable.values()) == 0:
                 # The parameters themselves, or fp32 copies of those that are trained.
-                names = group["param_names"] if len(params) == len(group["param_names"]) else trainable
-                entries = [(name, p, group) for name, p in zip(names, params, strict=True)]
-                # DeepSpeed saves the state of rank 0 for all, so each rank has to keep all of it.
-                yield from tensor_shards(entries, self.state, self._replicas(), share_momentum=False)
+                names = group["members"] if len(params) == len(group["members"]) else trainable
+                replicas: dict[Any, list[tuple[str, Tensor, dict[str, Any]]]] = {}
+                for name, p in zip(names, params, strict=True):
+                    replicas.setdefault(_data_parallel_group(self._model_parameters[name]), []).append((name, p, group))
+                for process_group, entries in replicas.items():
+                    # DeepSpeed saves the state of rank 0 for all, so each rank has to keep all of it.
+                    yield from tensor_shards(entries, self.state, process_group, share_momentum=False)
         yield from (partition.shard for partition in self._partitions())
 
     def _partitions(self) -> Iterator[Partition]:
@@ -120,7 +127,7 @@ class DistOrthogonal(DistMuon):
 
     def _trainable(self, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The model's parameters of a group, by name."""
-        return {name: p for name in group["param_names"] if (p := self._model_parameters[name]).requires_grad}
+        return {name: p for name in group["members"] if (p := self._model_parameters[name]).requires_grad}
 
     def _connect(self, binding: Binding) -> list[tuple[Pipeline, MuonWork]]:
         if binding.signature not in self._connections:
@@ -171,6 +178,13 @@ def _with_name(entry: Any) -> Any:
         name = debug_param2name(entry)
         return entry if name == "unknown" else (name, entry)
     return entry
+
+
+def _data_parallel_group(parameter: Tensor) -> dist.ProcessGroup:
+    """The ranks that hold a parameter as replicas at stage 0."""
+    if is_moe_param(parameter):
+        return groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
+    return groups._get_data_parallel_group()
 
 
 def _computed_on(flat: Tensor) -> torch.device:

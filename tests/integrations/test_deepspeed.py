@@ -21,15 +21,14 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
 import deepspeed  # in the parent, before ranks are forked
+from deepspeed.moe.layer import MoE
 
+import tests.integrations.without_kernels  # noqa: F401
 from muon_dist import DistMuon
 from muon_dist.grouping import Grouping
 from muon_dist.integrations.deepspeed import DistOrthogonal, read_options, register
 from muon_dist.memory import measured_state_bytes
 from tests.ranks import run_ranks
-
-# An extension that DeepSpeed would compile for minutes at the first collective on CPU.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 STEPS, MICRO_BATCHES, CLIP = 20, 2, 0.5
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "adamw_lr": 3e-3, "momentum_state": "fp32", "wire": "fp32"}
@@ -276,6 +275,39 @@ def test_names_are_known_on_every_route(zero_init: bool) -> None:
 def test_unknown_names_are_told() -> None:
     with pytest.warns(UserWarning, match="names of the parameters are not known"):
         DistOrthogonal(model().parameters())
+    first, *others = model().parameters()
+    with pytest.warns(UserWarning, match="names of the parameters are not known"):
+        DistOrthogonal([{"params": [first]}, {"params": others}])
+
+
+def test_experts_of_one_name_on_different_ranks_are_not_taken_for_replicas() -> None:
+    """DeepSpeed's MoE layers at stage 0: experts that lie apart train as experts that every rank has."""
+
+    def losses(experts_apart: int) -> Callable[[int], list[float]]:
+        def run(rank: int) -> list[float]:
+            torch.manual_seed(0)
+            experts = [nn.Linear(8, 8) for _ in range(2)]
+            torch.manual_seed(1)
+            layer = MoE(8, nn.Linear(8, 8), num_experts=2, ep_size=experts_apart, k=1, capacity_factor=2.0, min_capacity=0)
+            held = experts if experts_apart == 1 else [experts[rank]]
+            for ours, theirs in zip(layer.deepspeed_moe.experts.deepspeed_experts, held, strict=True):
+                ours.load_state_dict(theirs.state_dict())
+            engine, *_ = deepspeed.initialize(model=layer, model_parameters=layer.parameters(), config=config(0))
+            found = []
+            for step in range(4):
+                x = torch.randn(16, 8, generator=torch.Generator().manual_seed(2 * step + rank))
+                for _ in range(MICRO_BATCHES):
+                    loss = (engine(x)[0] - x.roll(1, 1)).square().mean()
+                    engine.backward(loss)
+                    engine.step()
+                found.append(loss.item())
+            return found
+
+        return run
+
+    for apart, together in zip(run_ranks(2, losses(2)), run_ranks(2, losses(1)), strict=True):
+        assert apart == pytest.approx(together, rel=4e-4)
+        assert apart[-1] < apart[0]
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
