@@ -9,7 +9,7 @@ the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,14 @@ class Buffers(NamedTuple):
     owned: Tensor
     lent: Tensor
     wanted: Tensor
+
+
+class PackedPiece(NamedTuple):
+    """A piece of the matrix at a position of the plan, in the wire format (uint8)."""
+
+    matrix: int
+    rect: Rect
+    packed: Tensor
 
 
 class Exchange:
@@ -64,16 +72,13 @@ class Exchange:
         held = {(id(parcel.bundle), parcel.rect): parcel for parcel in self.held.parcels}
         self._lent_from = [(parcel, held[id(parcel.bundle), parcel.rect]) for parcel in self.lent.parcels]
 
-    def pack_held(self, pack: Callable[[int, Rect, Tensor], None], buffers: Buffers) -> None:
-        """Calls ``pack(matrix, rect, packed)`` to fill the bytes of every held piece (uint8, in the wire format).
+    def pack_held(self, pack: Callable[[Sequence[PackedPiece]], None], buffers: Buffers) -> None:
+        """Has ``pack`` fill the bytes of all held pieces.
 
         Pieces that another rank sends for this one are packed where their updates will arrive, only to have their
         momentum updated.
         """
-        for parcels, buffer in ((self.held.parcels, buffers.held), (self._kept, buffers.wanted)):
-            for parcel in parcels:
-                for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffer), strict=True):
-                    pack(matrix, parcel.rect, packed)
+        pack([*_pieces(self.held.parcels, buffers.held), *_pieces(self._kept, buffers.wanted)])
 
     def gather(self, buffers: Buffers) -> dist.Work | None:
         """Starts the way from the holders to the owners."""
@@ -111,13 +116,11 @@ class Exchange:
             _rows(lent, buffers.lent).copy_(_rows(held, buffers.held))
         return self._trade(buffers.lent, self.lent, buffers.wanted, self.wanted)
 
-    def unpack_updates(self, apply: Callable[[int, Rect, Tensor], None], buffers: Buffers) -> None:
-        """Calls ``apply(matrix, rect, packed)`` with the bytes of every piece that this rank wants."""
+    def unpack_updates(self, apply: Callable[[Sequence[PackedPiece]], None], buffers: Buffers) -> None:
+        """Has ``apply`` read the bytes of all pieces that this rank wants."""
         spread = self.replicated and self._group is not None
         side, buffer = (self.wanted, buffers.wanted) if spread else (self.held, buffers.held)
-        for parcel in side.parcels:
-            for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffer), strict=True):
-                apply(matrix, parcel.rect, packed)
+        apply(list(_pieces(side.parcels, buffer)))
 
     def _assembled(self, bundle: Bundle, parcels: Sequence[Parcel], rows: Sequence[Tensor]) -> Tensor:
         """Whole matrices, ``[n, *frame]``, from the bytes of their pieces; those in one piece are not copied."""
@@ -153,6 +156,12 @@ def new_buffers(exchanges: Sequence[Exchange], group: dist.ProcessGroup | None, 
     if group is None:
         return Buffers(held, held, held, held)
     return Buffers(held, *(largest(side) for side in (lambda e: e.owned, lambda e: e.lent, lambda e: e.wanted)))
+
+
+def _pieces(parcels: Iterable[Parcel], buffer: Tensor) -> Iterator[PackedPiece]:
+    for parcel in parcels:
+        for matrix, packed in zip(parcel.bundle.matrices, _rows(parcel, buffer), strict=True):
+            yield PackedPiece(matrix, parcel.rect, packed)
 
 
 def _rows(parcel: Parcel, buffer: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from muon_dist import kernels
+from muon_dist.exchange import PackedPiece
 from muon_dist.layout import Matrix, Rect
 from muon_dist.options import Options, PolarForm, UpdateScale
 from muon_dist.polar import Schedule, default_dtype, polar_factor
@@ -28,7 +29,9 @@ from muon_dist.state import StoredTensor, momentum_of
 from muon_dist.wire import WireFormat
 
 if kernels.HAS_TRITON:
+    from muon_dist.kernels import batches
     from muon_dist.kernels import momentum as momentum_kernels
+    from muon_dist.kernels.batches import AccumulateBatch, ApplyBatch
 
 # Factor on an orthogonal update of [rows, cols]. Its RMS is 1/sqrt(max(rows, cols)) before.
 UPDATE_SCALES: dict[UpdateScale, Callable[[int, int], float]] = {
@@ -56,19 +59,28 @@ class MuonParameter:
         """Adds what is missing to the parameter's state."""
         self.momentum.create(self.shard.state)
 
-    def accumulate(self, rect: Rect, wire: WireFormat, packed: Tensor) -> None:
-        """Takes the gradient into the momentum and packs what is to be orthogonalised; zeros where there is none."""
+    def accumulate(self, rect: Rect, wire: WireFormat, packed: Tensor, batch: AccumulateBatch | None) -> None:
+        """Takes the gradient into the momentum and packs what is to be orthogonalised; zeros where there is none.
+
+        Args:
+            batch: may take the work, to be launched later; None if there are no kernels.
+        """
         gradient = self.shard.gradient()
         if gradient is None:
             packed.zero_()  # zeros in every wire format
             return
-        g = gradient[rect.relative_to(self.shard.rect).slices].to(packed.device, non_blocking=True)
-        with on_device(self.momentum.buffers(self.shard.state), packed.device) as buffers:
-            self._accumulate(g, buffers, wire, packed)
+        g = gradient[rect.relative_to(self.shard.rect).slices]
+        buffers = self.momentum.buffers(self.shard.state)
+        if batch is not None and g.device == packed.device:
+            values = self.momentum.codec.for_kernels(buffers), wire.for_kernels(packed, *g.shape)
+            if kernels.blocks_agree(g.shape[1], *values) and batch.take(g, *values, *self._decays):
+                return
+        with on_device(buffers, packed.device) as here:
+            self._accumulate(g.to(packed.device, non_blocking=True), here, wire, packed)
 
     def _accumulate(self, g: Tensor, buffers: Mapping[str, Tensor], wire: WireFormat, packed: Tensor) -> None:
         codec = self.momentum.codec
-        beta, nesterov = self.shard.group["momentum"], self.shard.group["nesterov"]
+        beta, nesterov = self._decays
         if kernels.usable_on(g.device):
             momentum, out = codec.for_kernels(buffers), wire.for_kernels(packed, *g.shape)
             if kernels.blocks_agree(g.shape[1], momentum, out) and g.stride(1) == 1:
@@ -80,27 +92,40 @@ class MuonParameter:
         u = g.lerp(m, beta) if nesterov else m
         wire.pack(u.unsqueeze(0), packed.unsqueeze(0))
 
-    def apply(self, rect: Rect, wire: WireFormat, packed: Tensor) -> None:
+    def apply(self, rect: Rect, wire: WireFormat, packed: Tensor, batch: ApplyBatch | None) -> None:
         """Decays and updates the rectangle ``rect`` of the parameter; without a gradient it stays as it is."""
         if not self.shard.has_gradient:
             return
         part = self.shard.weight()[rect.relative_to(self.shard.rect).slices]
+        if batch is not None and part.device == packed.device:
+            update = wire.back.for_kernels(packed, *part.shape)
+            if batch.take(part, update, *self._factors):
+                return
         with on_device({"weight": part}, packed.device) as here:
             self._apply(here["weight"], wire, packed)
 
     def _apply(self, weight: Tensor, wire: WireFormat, packed: Tensor) -> None:
-        group, (rows, cols) = self.shard.group, self.shard.shape
-        lr = float(group["lr"])
-        decay = 1 - lr * group["weight_decay"]
-        scale = UPDATE_SCALES[group["update_scale"]](rows, cols)
+        decay, factor = self._factors
         if kernels.usable_on(weight.device) and weight.stride(1) == 1:
-            momentum_kernels.apply(weight, wire.back.for_kernels(packed, *weight.shape), decay, -lr * scale)
+            momentum_kernels.apply(weight, wire.back.for_kernels(packed, *weight.shape), decay, factor)
             return
         (update,) = wire.back.unpack(packed.unsqueeze(0), *weight.shape)
         wide = weight.float()  # the weight itself where it is fp32 already
-        wide.mul_(decay).add_(update, alpha=-lr * scale)
+        wide.mul_(decay).add_(update, alpha=factor)
         if wide is not weight:
             weight.copy_(wide)
+
+    @property
+    def _decays(self) -> tuple[float, bool]:
+        """Of the momentum, and whether it looks ahead."""
+        return self.shard.group["momentum"], self.shard.group["nesterov"]
+
+    @property
+    def _factors(self) -> tuple[float, float]:
+        """Of the weight, and of the update that is added."""
+        group, (rows, cols) = self.shard.group, self.shard.shape
+        lr = float(group["lr"])
+        return 1 - lr * group["weight_decay"], -lr * UPDATE_SCALES[group["update_scale"]](rows, cols)
 
 
 @dataclass(frozen=True)
@@ -113,13 +138,21 @@ class MuonWork:
     form: PolarForm
     dtype: torch.dtype | None
 
-    def accumulate(self, matrix: int, rect: Rect, packed: Tensor) -> None:
-        self.parameters[matrix].accumulate(rect, self.wire, packed)
+    def accumulate(self, pieces: Sequence[PackedPiece]) -> None:
+        batch = batches.AccumulateBatch() if pieces and kernels.usable_on(pieces[0].packed.device) else None
+        for matrix, rect, packed in pieces:
+            self.parameters[matrix].accumulate(rect, self.wire, packed, batch)
+        if batch is not None:
+            batch.launch()
 
     def polar(self, matrices: Tensor, out: Tensor | None) -> Tensor:
         dtype = self.dtype or default_dtype(matrices.device)
         fits = out is not None and out.dtype == dtype
         return polar_factor(matrices, self.schedule, form=self.form, dtype=dtype, out=out if fits else None)
 
-    def apply(self, matrix: int, rect: Rect, packed: Tensor) -> None:
-        self.parameters[matrix].apply(rect, self.wire, packed)
+    def apply(self, pieces: Sequence[PackedPiece]) -> None:
+        batch = batches.ApplyBatch() if pieces and kernels.usable_on(pieces[0].packed.device) else None
+        for matrix, rect, packed in pieces:
+            self.parameters[matrix].apply(rect, self.wire, packed, batch)
+        if batch is not None:
+            batch.launch()

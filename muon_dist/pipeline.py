@@ -11,7 +11,7 @@ waiting for a collective is waiting on the host: there the way to the owners is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from muon_dist.exchange import Buffers, Exchange, new_buffers
-from muon_dist.layout import Rect
+from muon_dist.exchange import Buffers, Exchange, PackedPiece, new_buffers
 from muon_dist.plan import Plan
 from muon_dist.wire import WireFormat
 
@@ -36,14 +35,14 @@ class _Waitable(Protocol):
 class MatrixWork(Protocol):
     """What is done to matrices; the loop says when. Matrices are known by their positions in the plan."""
 
-    def accumulate(self, matrix: int, rect: Rect, packed: Tensor) -> None:
-        """Takes this rank's gradient into its momentum and packs what is to be orthogonalised, of one piece."""
+    def accumulate(self, pieces: Sequence[PackedPiece]) -> None:
+        """Takes this rank's gradients into its momentum and packs what is to be orthogonalised."""
 
     def polar(self, matrices: Tensor, out: Tensor | None) -> Tensor:
         """Polar factors of ``[n, rows, cols]``; in ``out``, which may be the same memory, or in new memory."""
 
-    def apply(self, matrix: int, rect: Rect, packed: Tensor) -> None:
-        """Updates a piece of this rank's parameter from its packed update."""
+    def apply(self, pieces: Sequence[PackedPiece]) -> None:
+        """Updates pieces of this rank's parameters from their packed updates."""
 
 
 class Pipeline:

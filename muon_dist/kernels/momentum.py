@@ -79,14 +79,14 @@ def _accumulate(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    row, col, mask = tile_of(rows, cols, numel, BLOCK, ROWS, COLS)
-    g = tl.load(gradient + row * stride + col, mask=mask, other=0).to(tl.float32)
-    m = load_tile(elements, scales, levels, row, col, mask, rows, cols, blocks, MOMENTUM)
+    there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
+    m = load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, MOMENTUM)
     m += weight * (g - m)
-    store_tile(m, elements, scales, borders, starts, row, col, mask, rows, cols, blocks, MOMENTUM)
+    store_tile(m, elements, scales, borders, starts, place, mask, scale_place, scale_mask, MOMENTUM)
     if NESTEROV:
         m -= weight * (m - g)
-    store_tile(m, packed, packed_scales, borders, starts, row, col, mask, rows, cols, blocks, PACKED)
+    store_tile(m, packed, packed_scales, borders, starts, place, mask, scale_place, scale_mask, PACKED)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def _apply(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    row, col, mask = tile_of(rows, cols, numel, BLOCK, ROWS, COLS)
-    u = load_tile(elements, scales, scales, row, col, mask, rows, cols, blocks, UPDATE)
-    w = tl.load(weight + row * stride + col, mask=mask, other=0).to(tl.float32)
-    tl.store(weight + row * stride + col, w * decay + factor * u, mask=mask)
+    there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    u = load_tile(elements, scales, scales, place, mask, scale_place, scale_mask, UPDATE)
+    w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)
+    tl.store(weight + there, w * decay + factor * u, mask=mask)

@@ -22,11 +22,11 @@ def normalise(matrices: Tensor, out: Tensor, margin: float, smallest: float) -> 
         smallest: matrices with a smaller norm are divided by this.
     """
     n, numel = matrices.shape[0], matrices.shape[1] * matrices.shape[2]
-    blocks = triton.cdiv(numel, _BLOCK)
+    blocks = -(-numel // _BLOCK)
     parts = torch.empty((2, n, blocks), dtype=torch.float32, device=matrices.device)
     factors = torch.empty(n, dtype=torch.float32, device=matrices.device)
     _measure[(blocks, n)](matrices, matrices.stride(0), parts[0], parts[1], numel, BLOCK=_BLOCK)
-    _combine[(n,)](parts[0], parts[1], factors, blocks, margin, smallest, BLOCKS=triton.next_power_of_2(blocks))
+    _combine[(n,)](parts[0], parts[1], factors, blocks, margin, smallest, BLOCKS=1 << (blocks - 1).bit_length())
     _scale[(blocks, n)](matrices, matrices.stride(0), factors, out, out.stride(0), numel, BLOCK=_BLOCK)
 
 

@@ -35,7 +35,7 @@ def fits(a: Tensor) -> bool:
 
 def _tiles(s: int) -> int:
     """Tiles on and below the diagonal."""
-    side = triton.cdiv(s, TILE)
+    side = -(-s // TILE)
     return side * (side + 1) // 2
 
 
@@ -53,10 +53,9 @@ def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, be
     out = a.new_empty((n, s, s))
     result = TensorDescriptor.from_tensor(out, [1, TILE, TILE])
     transposed = a.stride(2) != 1
-    if transposed:
-        left, right = (TensorDescriptor.from_tensor(x.mT, [1, _DEPTH, TILE]) for x in (a, b))
-    else:
-        left, right = (TensorDescriptor.from_tensor(x, [1, TILE, _DEPTH]) for x in (a, b))
+    block = [1, _DEPTH, TILE] if transposed else [1, TILE, _DEPTH]
+    left = TensorDescriptor.from_tensor(a.mT if transposed else a, block)
+    right = left if b is a else TensorDescriptor.from_tensor(b.mT if transposed else b, block)
     # Measured: deep pipelines pay for long inner loops only.
     num_warps, num_stages = (8, 5) if k > s else (4, 3)
     _symmetric_product[(_tiles(s), n)](

@@ -6,6 +6,7 @@ formats and their rounding are those of ``muon_dist.codecs``; their docstrings h
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -15,7 +16,7 @@ from torch import Tensor
 from muon_dist.kernels import CELL_SHIFT, CELLS, FIRST_CELL, Encoded
 
 # Elements of a tile: 16 a thread in four warps. Measured: smaller and larger tiles are slower.
-_TILE_ELEMENTS = 2048
+TILE_ELEMENTS = 2048
 # Block of formats without scales: only the shape of a tile.
 _PLAIN_BLOCK = 128
 # As codecs.blocks.SMALLEST_SCALE.
@@ -45,32 +46,44 @@ class Tiling(NamedTuple):
             values: contiguous, of the same shape.
         """
         rows, cols = plain.shape
-        block = next((min(v.block, cols) for v in values if v.block is not None), min(_PLAIN_BLOCK, cols))
-        numel, stride = rows * cols, plain.stride(0)
-        if rows == 1 or (cols % block == 0 and stride == cols):
-            rows, cols, stride = triton.cdiv(numel, block), block, block
-        width = triton.next_power_of_2(block)
-        height = max(1, _TILE_ELEMENTS // width)
-        blocks = triton.cdiv(cols, block)
-        constants = {"BLOCK": block, "ROWS": height, "COLS": width}
-        return cls((triton.cdiv(rows, height), blocks), (rows, cols, stride, blocks, numel), constants)
+        return _tiling(rows, cols, plain.stride(0), block_of(cols, *values))
+
+
+def block_of(cols: int, *values: Encoded) -> int:
+    """The block that ``values`` have among them, in rows of ``cols`` elements, or the one for values without."""
+    return next((min(v.block, cols) for v in values if v.block is not None), min(_PLAIN_BLOCK, cols))
+
+
+@lru_cache(maxsize=4096)
+def _tiling(rows: int, cols: int, stride: int, block: int) -> Tiling:
+    numel = rows * cols
+    if rows == 1 or (cols % block == 0 and stride == cols):
+        rows, cols, stride = -(-numel // block), block, block
+    width = 1 << (block - 1).bit_length()
+    height = max(1, TILE_ELEMENTS // width)
+    blocks = -(-cols // block)
+    grid = (-(-rows // height), blocks)
+    return Tiling(grid, (rows, cols, stride, blocks, numel), {"BLOCK": block, "ROWS": height, "COLS": width})
 
 
 @triton.jit
-def tile_of(rows, cols, numel, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Rows [ROWS, 1], columns [1, COLS] and mask of this program's tile; the row index is 64 bits wide."""
+def tile_of(rows, cols, stride, blocks, numel, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """This program's tile: places [ROWS, COLS] in the plain tensor and among the elements, with their mask, and places
+    [ROWS, 1] among the scales, with theirs. All are 64 bits wide."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     inside = tl.arange(0, COLS)[None, :]
     col = tl.program_id(1) * BLOCK + inside
-    return row, col, (row < rows) & (inside < BLOCK) & (col < cols) & (row * cols + col < numel)
+    place = row * cols + col
+    mask = (row < rows) & (inside < BLOCK) & (col < cols) & (place < numel)
+    return row * stride + col, place, mask, row * blocks + tl.program_id(1), row < rows
 
 
 @triton.jit
-def load_tile(elements, scales, levels, row, col, mask, rows, cols, blocks, FORMAT: tl.constexpr):
+def load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, FORMAT: tl.constexpr):
     """The stored values of a tile, fp32; zeros outside the mask."""
-    stored = tl.load(elements + row * cols + col, mask=mask, other=0)
+    stored = tl.load(elements + place, mask=mask, other=0)
     if FORMAT == "linear8" or FORMAT == "dynamic8":
-        scale = tl.load(scales + row * blocks + tl.program_id(1), mask=row < rows, other=0).to(tl.float32)
+        scale = tl.load(scales + scale_place, mask=scale_mask, other=0).to(tl.float32)
         if FORMAT == "linear8":
             values = stored.to(tl.float32) * (1 / 127.0) * scale
         else:
@@ -81,18 +94,18 @@ def load_tile(elements, scales, levels, row, col, mask, rows, cols, blocks, FORM
 
 
 @triton.jit
-def store_tile(values, elements, scales, borders, starts, row, col, mask, rows, cols, blocks, FORMAT: tl.constexpr):
+def store_tile(values, elements, scales, borders, starts, place, mask, scale_place, scale_mask, FORMAT: tl.constexpr):
     """Encodes a tile and stores it. ``values`` are zero outside the mask."""
     if FORMAT == "linear8":
         codes, scale = encode_linear8(values)
-        tl.store(elements + row * cols + col, codes, mask=mask)
-        tl.store(scales + row * blocks + tl.program_id(1), scale, mask=row < rows)
+        tl.store(elements + place, codes, mask=mask)
+        tl.store(scales + scale_place, scale, mask=scale_mask)
     elif FORMAT == "dynamic8":
         codes, scale = encode_dynamic8(values, borders, starts)
-        tl.store(elements + row * cols + col, codes, mask=mask)
-        tl.store(scales + row * blocks + tl.program_id(1), scale, mask=row < rows)
+        tl.store(elements + place, codes, mask=mask)
+        tl.store(scales + scale_place, scale, mask=scale_mask)
     else:
-        tl.store(elements + row * cols + col, values, mask=mask)
+        tl.store(elements + place, values, mask=mask)
 
 
 @triton.jit

@@ -288,7 +288,9 @@ def test_experts_of_one_name_on_different_ranks_are_not_taken_for_replicas() -> 
             torch.manual_seed(0)
             experts = [nn.Linear(8, 8) for _ in range(2)]
             torch.manual_seed(1)
-            layer = MoE(8, nn.Linear(8, 8), num_experts=2, ep_size=experts_apart, k=1, capacity_factor=2.0, min_capacity=0)
+            layer = MoE(
+                8, nn.Linear(8, 8), num_experts=2, ep_size=experts_apart, k=1, capacity_factor=2.0, min_capacity=0
+            )
             held = experts if experts_apart == 1 else [experts[rank]]
             for ours, theirs in zip(layer.deepspeed_moe.experts.deepspeed_experts, held, strict=True):
                 ours.load_state_dict(theirs.state_dict())
