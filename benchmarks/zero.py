@@ -117,6 +117,7 @@ def measure(
     from muon_dist.memory import measured_state_bytes
 
     vocabulary, hidden, intermediate, layers, _, sequences = SIZES[size]
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -168,7 +169,7 @@ def measure(
         / (matrices / _ranks()),
         "step_ms": 1e3 * statistics.median(inside[steps // 2 :]),
         "whole_ms": 1e3 * statistics.median(whole[steps // 2 :]),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else None,
         "losses": losses,
     }
     engine.destroy()

@@ -72,7 +72,7 @@ class DistMuon(torch.optim.Optimizer):
         polar_steps: iterations.
         polar_form: "standard", "gram", or "auto" by shape.
         polar_dtype: arithmetic of the iteration; by default fp16 on accelerators and fp32 on CPU.
-        wire: how matrices travel to their owners and back: "fp32", "bf16", "int8".
+        wire: how matrices travel to their owners and back: "fp32", "bf16" (fp16 on the way back), "int8".
         chunk_bytes: bound on each of the exchange's buffers on a rank (there are four, or two in a single process). A
             matrix that is larger travels alone.
         adamw_lr, adamw_betas, adamw_eps: of the AdamW part.
