@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from muon_dist.options import DEFAULT_BLOCK_SIZE, MomentumState, Polar, Wire
 
-EngineName = Literal["fsdp2", "ddp", "single"]
+EngineName = Literal["fsdp2", "ddp", "deepspeed", "single"]
 ModelName = Literal["nano", "tiny", "small", "85m", "300m", "1b"]
 OptimizerName = Literal["dist_muon", "adamw", "torch_muon"]
 DtypeName = Literal["fp32", "bf16"]
@@ -25,8 +25,13 @@ class TrainConfig:
     out: Annotated[Path, "folder of the run: metrics.jsonl, checkpoints/, tensorboard/"] = Path("runs/train")
 
     engine: Annotated[EngineName, "how parameters lie on the ranks"] = "fsdp2"
+    ds_config: Annotated[
+        Path | None, "deepspeed: its JSON file, such as one of launch/configs; it names the optimizer"
+    ] = None
     replicas: Annotated[int, "fsdp2: replicate the sharded model this many times (HSDP)"] = 1
-    dtype: Annotated[DtypeName, "of forward and backward; parameters and reductions stay fp32"] = "fp32"
+    dtype: Annotated[
+        DtypeName, "of forward and backward; parameters and reductions stay fp32 (deepspeed: its bf16)"
+    ] = "fp32"
     model: Annotated[ModelName, "Llama preset, built from its config with fresh weights"] = "tiny"
 
     data: Annotated[tuple[Path, ...], "text files or folders (default: the Python standard library's sources)"] = ()
@@ -36,7 +41,9 @@ class TrainConfig:
     accumulation_steps: Annotated[int, "micro-batches a step"] = 1
     steps: Annotated[int, "optimizer steps"] = 300
 
-    optimizer: Annotated[OptimizerName, "which optimizer; all three split the parameters alike"] = "dist_muon"
+    optimizer: Annotated[
+        OptimizerName, "which optimizer; all three split the parameters alike (deepspeed: its file says)"
+    ] = "dist_muon"
     momentum_state: Annotated[MomentumState, "how dist_muon stores its momentum"] = "linear8"
     block_size: Annotated[int, "elements of a row that share a scale in the 8-bit states"] = DEFAULT_BLOCK_SIZE
     polar: Annotated[Polar, "coefficients of dist_muon's Newton-Schulz iteration"] = "polar_express"
@@ -61,13 +68,17 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.replicas > 1 and self.engine != "fsdp2":
-            raise UsageError(f"--replicas is for --engine fsdp2; --engine {self.engine} has no shards to replicate")
+            raise UsageError(f"--replicas is for --engine fsdp2, not for --engine {self.engine}")
+        if self.engine == "deepspeed" and self.ds_config is None:
+            raise UsageError("--engine deepspeed needs --ds-config, a JSON file such as launch/configs/zero2.json")
+        if self.engine != "deepspeed" and self.ds_config is not None:
+            raise UsageError(f"--ds-config is for --engine deepspeed, not for --engine {self.engine}")
         if self.data and self.hf_dataset:
             raise UsageError("--data and --hf-dataset both name the text to train on; give one of them")
 
     def check_world_size(self, world_size: int) -> None:
         if self.engine == "single" and world_size > 1:
-            raise UsageError(f"--engine single is one process, torchrun started {world_size}; use fsdp2 or ddp")
+            raise UsageError(f"--engine single is one process, the job has {world_size}; use fsdp2 or ddp")
         if world_size % self.replicas:
             raise UsageError(f"--replicas {self.replicas} does not divide the {world_size} ranks of this job")
         passes = world_size * self.accumulation_steps

@@ -1,47 +1,148 @@
-"""The three ways a model lies on the ranks, behind the one face the training loop sees."""
+"""The engines behind the one face that the training loop sees; here torch's own: FSDP2, DDP and a single process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import LlamaForCausalLM
 
 from muon_dist.integrations.fsdp import data_parallel_mesh, no_gradient_sync, shard_transformer
 from muon_dist.launch.config import TrainConfig
 from muon_dist.launch.environment import Environment
 from muon_dist.launch.models import transformer_blocks
+from muon_dist.launch.optimizers import build_optimizers, expected_state_bytes, warmup_cosine
 
 Context = Callable[[], AbstractContextManager[object]]
 
 
-@dataclass(frozen=True)
-class Engine:
-    model: nn.Module
-    precision: Context  # around every forward pass
-    no_gradient_sync: Context  # around the micro-batches whose gradients only add up
+class Engine(ABC):
+    """A model on its ranks, with what updates it."""
+
+    model: nn.Module  # called in forward passes
+    optimizers: Sequence[Optimizer]  # what holds the state and the learning rates
+    precision: Context = nullcontext  # around every forward pass
+    expected_state_bytes: int | None = None  # on the fullest rank, where it can be told from shapes
+
+    @abstractmethod
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """Around the forward and backward pass of each of a step's micro-batches, whose gradients add up."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one micro-batch's mean loss to those of the step's mean loss."""
+
+    @abstractmethod
+    def step(self) -> Tensor | float:
+        """Clips the raw gradients, updates, zeroes them and moves the schedule on; returns their norm over all ranks,
+        before it was clipped."""
+
+    @abstractmethod
+    def save(self, folder: Path, step: int) -> None:
+        """Writes all that a resumed run needs, `step` included."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> int:
+        """Goes on from what `save` wrote; returns its step."""
+
+    def close(self) -> None:  # noqa: B027 - torch's engines hold on to nothing
+        """Lets go of the process groups; the engine is of no use afterwards."""
 
 
-def build_engine(config: TrainConfig, environment: Environment, model: LlamaForCausalLM) -> Engine:
-    device = environment.device
+class TorchEngine(Engine):
+    """Torch's engines, whose gradients and optimizers the loop's steps drive directly."""
 
-    def autocast() -> AbstractContextManager[object]:
-        return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16")
+    def __init__(self, config: TrainConfig, environment: Environment, model: LlamaForCausalLM) -> None:
+        self.accumulation_steps = config.accumulation_steps
+        self.clip_norm = config.clip_norm
+        self.no_gradient_sync: Context = nullcontext
+        self.expected_state_bytes = expected_state_bytes(config, model, environment.world_size)
+        if config.engine == "fsdp2":
+            self._shard(config, environment, model)
+        else:
+            self.precision = lambda: torch.autocast(
+                environment.device.type, torch.bfloat16, enabled=config.dtype == "bf16"
+            )
+            self.model = model
+            if config.engine == "ddp":
+                on_cuda = environment.device.type == "cuda"
+                self.model = ddp = DistributedDataParallel(model, device_ids=[environment.device] if on_cuda else None)
+                self.no_gradient_sync = ddp.no_sync
+        self.optimizers = build_optimizers(config, self.model)
+        self.schedulers = [warmup_cosine(optimizer, config.warmup_steps, config.steps) for optimizer in self.optimizers]
 
-    if config.engine == "single":
-        return Engine(model, precision=autocast, no_gradient_sync=nullcontext)
-    if config.engine == "ddp":
-        ddp = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-        return Engine(ddp, precision=autocast, no_gradient_sync=ddp.no_sync)
-    policy = MixedPrecisionPolicy()
-    if config.dtype == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    sharded = shard_transformer(
-        model, transformer_blocks(model), data_parallel_mesh(device.type, config.replicas), policy
-    )
-    return Engine(model, precision=nullcontext, no_gradient_sync=lambda: no_gradient_sync(sharded))
+    def _shard(self, config: TrainConfig, environment: Environment, model: LlamaForCausalLM) -> None:
+        policy = MixedPrecisionPolicy()
+        if config.dtype == "bf16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        mesh = data_parallel_mesh(environment.device.type, config.replicas)
+        sharded = shard_transformer(model, transformer_blocks(model), mesh, policy)
+        self.model = model
+        self.no_gradient_sync = lambda: no_gradient_sync(sharded)
+
+    @contextmanager
+    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
+        with nullcontext() if is_last else self.no_gradient_sync():
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation_steps).backward()
+
+    def step(self) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for scheduler in self.schedulers:
+            scheduler.step()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def save(self, folder: Path, step: int) -> None:
+        state = TrainingState(self.model, self.optimizers, self.schedulers, step)
+        dcp.save({"training": state}, checkpoint_id=folder)
+
+    def load(self, folder: Path) -> int:
+        state = TrainingState(self.model, self.optimizers, self.schedulers)
+        dcp.load({"training": state}, checkpoint_id=folder)
+        return state.step
+
+
+class TrainingState(Stateful):
+    """All that a resumed run needs. The data's order is a function of seed and step, so the step stands for it."""
+
+    def __init__(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler], step: int = 0
+    ) -> None:
+        self.model = model
+        self.optimizers = optimizers
+        self.schedulers = schedulers
+        self.step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizers)
+        schedulers = [scheduler.state_dict() for scheduler in self.schedulers]
+        return {"model": model, "optimizer": optimizer, "schedulers": schedulers, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        set_state_dict(
+            self.model,
+            self.optimizers,
+            model_state_dict=state_dict["model"],
+            optim_state_dict=state_dict["optimizer"],
+        )
+        for scheduler, state in zip(self.schedulers, state_dict["schedulers"], strict=True):
+            scheduler.load_state_dict(state)
+        self.step = state_dict["step"]

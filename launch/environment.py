@@ -1,9 +1,11 @@
-"""This process's place in the job: torchrun's variables, the device and the default process group."""
+"""This process's place in the job: which launcher started it, the device and the default process group."""
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +14,10 @@ import torch.distributed as dist
 
 from muon_dist.launch.config import UsageError
 
-TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What torchrun and the deepspeed launcher set for every process.
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What mpirun sets: Open MPI's, and that of MPICH, Intel MPI and MVAPICH.
+MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclass(frozen=True)
@@ -38,28 +43,84 @@ class Environment:
         return int(tensor.item())
 
 
-def started_by_torchrun(variables: Mapping[str, str]) -> bool:
-    """Whether torchrun's variables are set; half of them is an error, not a guess."""
-    missing = [name for name in TORCHRUN_VARIABLES if name not in variables]
+def started_by_launcher(variables: Mapping[str, str]) -> bool:
+    """Whether a launcher's variables are set; half of them is an error, not a guess."""
+    missing = [name for name in LAUNCHER_VARIABLES if name not in variables]
     # MASTER_ADDR and MASTER_PORT alone are common leftovers of a cluster's profile and start nothing.
     if not any(name in variables for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         return False
     if missing:
-        given = [name for name in TORCHRUN_VARIABLES if name in variables]
+        given = [name for name in LAUNCHER_VARIABLES if name in variables]
         raise UsageError(
-            f"{', '.join(given)} set but {', '.join(missing)} missing: start with torchrun, which sets them all, "
-            f"or unset {', '.join(given)} to run a single process"
+            f"{', '.join(given)} set but {', '.join(missing)} missing: start with torchrun or deepspeed, which set "
+            f"them all, or unset {', '.join(given)} to run a single process or under mpirun"
         )
     return True
 
 
-def read_environment(variables: Mapping[str, str]) -> Environment:
-    """Rank, world size and device; without torchrun a job of one."""
+def meet_over_mpi(size_variable: str, size: str) -> dict[str, str]:
+    """A launcher's variables for a process of mpirun. MPI only arranges the meeting; training uses NCCL or gloo."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
+        raise UsageError(
+            f"mpirun started this process ({size_variable} is set), but mpi4py does not import: "
+            f"{str(error).splitlines()[0]}; "
+            f"pip install 'muon_dist[mpi]', or start with torchrun or deepspeed"
+        ) from None
+    world = MPI.COMM_WORLD
+    if world.size != int(size):
+        raise UsageError(
+            f"mpirun started {size} processes ({size_variable}), mpi4py's MPI library sees {world.size}: it belongs to "
+            f"another MPI; install mpi4py for the MPI of this mpirun, or use the mpirun of mpi4py's MPI"
+        )
+    hosts = world.allgather(socket.gethostname())
+    address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
+    variables = {
+        "RANK": str(world.rank),
+        "LOCAL_RANK": str(hosts[: world.rank].count(hosts[world.rank])),
+        "WORLD_SIZE": str(world.size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(world.bcast(free_port() if world.rank == 0 else None)),
+    }
+    # A rank that fails later must end, and mpirun with it. At its exit it would wait here for the others.
+    MPI.Finalize()
+    return variables
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def read_environment(variables: MutableMapping[str, str]) -> Environment:
+    """Rank, world size and device; without a launcher a job of one.
+
+    Whichever launcher it was, `variables` afterwards hold what torchrun would have set: torch and DeepSpeed read them.
+    """
+    if not started_by_launcher(variables):
+        size_variable = next((name for name in MPI_SIZE_VARIABLES if variables.get(name, "1") != "1"), None)
+        if size_variable is not None:
+            variables.update(meet_over_mpi(size_variable, variables[size_variable]))
     rank, world_size, local_rank = 0, 1, 0
-    if started_by_torchrun(variables):
-        rank, world_size, local_rank = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return Environment(rank, world_size, device)
+    if started_by_launcher(variables):
+        rank, world_size, local_rank = (number(variables, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not torch.cuda.is_available():
+        return Environment(rank, world_size, torch.device("cpu"))
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"LOCAL_RANK is {local_rank}, but this machine has {torch.cuda.device_count()} GPUs; start a process a GPU"
+        )
+    return Environment(rank, world_size, torch.device("cuda", local_rank))
+
+
+def number(variables: Mapping[str, str], name: str) -> int:
+    try:
+        return int(variables[name])
+    except ValueError:
+        raise UsageError(f"{name}={variables[name]!r} is no number: start with torchrun, deepspeed or mpirun") from None
 
 
 def make_cuda_deterministic() -> None:
@@ -76,14 +137,18 @@ def process_group(environment: Environment) -> Iterator[None]:
     if on_cuda:
         torch.cuda.set_device(environment.device)
         make_cuda_deterministic()
-    # A job that torchrun didn't start has no address to meet at, and needs none: its store lives in this process.
+    # A job that no launcher started has no address to meet at, and needs none: its store lives in this process.
     dist.init_process_group(
         "nccl" if on_cuda else "gloo",
-        store=None if started_by_torchrun(os.environ) else dist.HashStore(),
+        store=None if started_by_launcher(os.environ) else dist.HashStore(),
         rank=environment.rank,
         world_size=environment.world_size,
         device_id=environment.device if on_cuda else None,
     )
     yield
     # Not in a `finally`: after an error the other ranks may sit in a collective, and waiting for them would hide it.
-    dist.destroy_process_group()
+    if dist.is_initialized():  # DeepSpeed's engine has destroyed it
+        dist.destroy_process_group()
+    # Groups that are left in reference cycles would end with the interpreter, and a thread of gloo's that needs it then
+    # aborts the process after all was well.
+    gc.collect()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
@@ -67,7 +66,7 @@ def expected_state_bytes(config: TrainConfig, model: nn.Module, world_size: int)
     return estimated_state_bytes(all_adamw, shards=shards, options=options)
 
 
-def warmup_cosine(optimizers: Sequence[Optimizer], warmup_steps: int, steps: int) -> list[LambdaLR]:
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, steps: int) -> LambdaLR:
     """Linear warm-up from the first step on, then a cosine down to 10% of each group's own peak."""
 
     def factor(step: int) -> float:
@@ -76,4 +75,4 @@ def warmup_cosine(optimizers: Sequence[Optimizer], warmup_steps: int, steps: int
         progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
         return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return [LambdaLR(optimizer, factor) for optimizer in optimizers]
+    return LambdaLR(optimizer, factor)

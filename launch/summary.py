@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from muon_dist.launch.ds_config import DIST_MUON
 from muon_dist.launch.metrics import read_records
 
 
@@ -25,6 +26,9 @@ class Run:
     @property
     def optimizer(self) -> str:
         config = self.result["config"]
+        ds_config = self.result.get("ds_config")
+        if ds_config and ds_config["optimizer"]["type"] != DIST_MUON:
+            return f"deepspeed {ds_config['optimizer']['type']}"
         name: str = config["optimizer"]
         return f"{name} {config['momentum_state']}" if name == "dist_muon" else name
 
@@ -116,7 +120,7 @@ def table(runs: list[Run]) -> str:
     rows = [("optimizer", "steps", "seconds", "val loss", "vs fp32", "state/rank", "estimated")]
     for run in runs:
         compares = run in trained(runs)
-        state = run.result["state_bytes_per_rank"]
+        state = {name: "-" if b is None else f"{b:,} B" for name, b in run.result["state_bytes_per_rank"].items()}
         rows.append(
             (
                 run.optimizer,
@@ -124,8 +128,8 @@ def table(runs: list[Run]) -> str:
                 f"{run.result['seconds']:.0f}",
                 f"{run.validation_loss:.4f}" if compares else "-",
                 f"{differences[run.name]:+.2%}" if run.name in differences else "-",
-                f"{state['measured']:,} B",
-                f"{state['estimated']:,} B",
+                state["measured"],
+                state["estimated"],
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -8,81 +8,77 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.distributed.tensor import DTensor
 
-from muon_dist.launch.checkpointing import Checkpoints, TrainingState
+from muon_dist.launch.checkpointing import Checkpoints
 from muon_dist.launch.config import TrainConfig, UsageError
 from muon_dist.launch.data import Batches, TextData, load_text
-from muon_dist.launch.engines import Engine, build_engine
+from muon_dist.launch.deepspeed_engine import DeepSpeedEngine, import_deepspeed
+from muon_dist.launch.ds_config import reconcile
+from muon_dist.launch.engines import Engine, TorchEngine
 from muon_dist.launch.environment import Environment, process_group, read_environment
 from muon_dist.launch.metrics import Metrics
 from muon_dist.launch.models import build_model
-from muon_dist.launch.optimizers import build_optimizers, expected_state_bytes, warmup_cosine
 from muon_dist.memory import measured_state_bytes
 
 
-def run(config: TrainConfig) -> None:
-    """Everything that can be wrong with the command is found before the ranks meet."""
+def run(config: TrainConfig, given: Collection[str] = ()) -> None:
+    """Everything that can be wrong with the command is found before the ranks meet.
+
+    Args:
+        given: the options that the user named, which DeepSpeed's file must not contradict.
+    """
     if not config.resume and (config.out / "metrics.jsonl").exists():
         raise UsageError(f"--out {config.out} already holds a run; add --resume to continue it, or name another folder")
     environment = read_environment(os.environ)
+    ds_config = None
+    if config.ds_config is not None:
+        config, ds_config = reconcile(config, config.ds_config, given, environment.world_size)
+        import_deepspeed()
     config.check_world_size(environment.world_size)
     text = load_text(config)
     with process_group(environment):
-        train(config, environment, text)
+        train(config, environment, text, ds_config)
 
 
-def train(config: TrainConfig, environment: Environment, text: TextData) -> None:
+def train(config: TrainConfig, environment: Environment, text: TextData, ds_config: dict[str, Any] | None) -> None:
     batches = Batches(config, environment, text)
     model = build_model(config.model, config.sequence_length, environment.device, config.seed)
     facts: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.parameters())
     }  # before they are sharded
-    engine = build_engine(config, environment, model)
-    optimizers = build_optimizers(config, engine.model)
-    schedulers = warmup_cosine(optimizers, config.warmup_steps, config.steps)
-
-    state = TrainingState(engine.model, optimizers, schedulers)
+    engine: Engine
+    engine = DeepSpeedEngine(config, model, ds_config) if ds_config else TorchEngine(config, environment, model)
     checkpoints = Checkpoints(config.out / "checkpoints", environment)
-    if config.resume:
-        checkpoints.load_newest(state)
-    if state.step >= config.steps:
+    first_step = 1 + (checkpoints.load_newest(engine) if config.resume else 0)
+    if first_step > config.steps:
         print(f"{config.out}: all {config.steps} steps are done, nothing to resume")
         return
 
-    first_step = state.step + 1
     started = time.perf_counter()
     with closing(Metrics(config.out, environment.device, first_step, config.steps, environment.is_main)) as metrics:
         for step in range(first_step, config.steps + 1):
             is_last = step == config.steps
-            lr = optimizers[0].param_groups[0]["lr"]
+            lr = engine.optimizers[0].param_groups[0]["lr"]
             loss = backward(engine, batches.training(step))
-            grad_norm = clip(engine.model, config.clip_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            for scheduler in schedulers:
-                scheduler.step()
-            state.step = step
+            grad_norm = engine.step()
 
             metrics.advance(config.batch_size * config.sequence_length)
             if step % config.log_every == 0 or is_last:
                 mean_loss = environment.sum(loss) / environment.world_size
-                metrics.train(step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item())
+                metrics.train(step, loss=mean_loss, lr=lr, grad_norm=float(grad_norm))
             if step % config.eval_every == 0 or is_last:
                 with metrics.untimed():
                     validation_loss = evaluate(engine, environment, batches.validation())
                 metrics.evaluation(step, validation_loss)
             if is_last or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 with metrics.untimed():
-                    checkpoints.save(state)
+                    checkpoints.save(engine, step)
 
     facts |= {
         "first_step": first_step,
@@ -90,22 +86,24 @@ def train(config: TrainConfig, environment: Environment, text: TextData) -> None
         "seconds": time.perf_counter() - started,
         "validation_loss": validation_loss,
         "state_bytes_per_rank": {
-            "measured": environment.maximum(sum(measured_state_bytes(optimizer) for optimizer in optimizers)),
-            "estimated": expected_state_bytes(config, model, environment.world_size),
+            "measured": environment.maximum(sum(measured_state_bytes(optimizer) for optimizer in engine.optimizers)),
+            "estimated": engine.expected_state_bytes,
         },
     }
+    if ds_config is not None:
+        facts["ds_config"] = ds_config
     if environment.is_main:
         write_result(config, environment, facts)
+    engine.close()
 
 
 def backward(engine: Engine, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
     """Add up the step's gradients; returns this rank's mean loss, still on the device."""
     losses = []
     for index, tokens in enumerate(micro_batches):
-        is_last = index == len(micro_batches) - 1
-        with nullcontext() if is_last else engine.no_gradient_sync():
+        with engine.micro_batch(is_last=index == len(micro_batches) - 1):
             loss = losses_per_sequence(engine, tokens).mean()
-            (loss / len(micro_batches)).backward()
+            engine.backward(loss)
         losses.append(loss.detach())
     return torch.stack(losses).mean()
 
@@ -117,12 +115,6 @@ def losses_per_sequence(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
         logits = engine.model(input_ids=inputs).logits
     losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view_as(targets).mean(dim=1)
-
-
-def clip(model: nn.Module, max_norm: float) -> torch.Tensor:
-    """Clip the raw gradients, before any optimizer sees them; returns their norm over all ranks."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 source launch/venv.sh
-ensure_venv train,test
+ensure_venv train,test,deepspeed,mpi
 
 export OMP_NUM_THREADS=1
 # Ranks are forked, which a process that has used a GPU cannot do: everything runs on CPU first, then what is for GPUs.

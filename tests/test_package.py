@@ -52,12 +52,13 @@ def test_a_wheel_imports_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
         assert file.is_relative_to(tmp_path / "muon_dist")
 
 
-def test_a_wheel_holds_the_license_the_command_and_the_type_marker(wheel: Path) -> None:
+def test_a_wheel_holds_the_license_the_command_and_the_files_beside_the_code(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (entry_points,) = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]
     assert "muon-dist = muon_dist.launch.cli:main" in entry_points
     assert "muon_dist/py.typed" in names
+    assert "muon_dist/launch/configs/zero3.json" in names
     assert any(name.endswith("LICENSE") for name in names)
     assert not any(name.startswith("tests/") for name in names)
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from muon_dist.launch.environment import free_port
+
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 TIMEOUT_SECONDS = 60
+STEPS = 6
 
 
 @pytest.fixture(scope="session")
@@ -47,22 +50,49 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def launch(text_folder: Path) -> Launch:
-    """`launch(out, *options, ranks=2)`: train the smallest model for a few steps, under torchrun if ranks > 1."""
+    """`launch(out, *options, ranks=2)`: train the smallest model for a few steps, by a launcher if ranks > 1."""
 
-    def run(out: Path, *options: str, ranks: int) -> subprocess.CompletedProcess[str]:
+    def run(out: Path, *options: str, ranks: int, launcher: str = "torchrun") -> subprocess.CompletedProcess[str]:
         starter = [sys.executable, "-m"]
         if ranks > 1:
-            starter += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+            starter = starters(ranks)[launcher]
         small = (
             f"--model nano --sequence-length 32 --batch-size 8 --eval-sequences 5 --log-every 1 --data {text_folder}"
         )
-        return subprocess.run(
+        finished = subprocess.run(
             [*starter, "muon_dist.launch", "train", "--out", str(out), *small.split(), *options],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             timeout=TIMEOUT_SECONDS,
             capture_output=True,
             text=True,
-            check=True,
         )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        return finished
 
     return run
+
+
+def starters(ranks: int) -> dict[str, list[str]]:
+    """How each launcher is told to start a module."""
+    python = [sys.executable, "-m"]
+    return {
+        "torchrun": [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"],
+        "deepspeed": [
+            *python,
+            "deepspeed.launcher.runner",
+            f"--num_gpus={ranks}",
+            f"--master_port={free_port()}",
+            "--module",
+        ],
+        # Root and more processes than cores, as in a container, are refused otherwise.
+        "mpirun": ["mpirun", "-np", str(ranks), "--allow-run-as-root", "--oversubscribe", *python],
+    }
+
+
+@pytest.fixture(scope="session")
+def fsdp2_run(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that others are compared to."""
+    out = tmp_path_factory.mktemp("runs") / "fsdp2"
+    options = f"--engine fsdp2 --optimizer dist_muon --steps {STEPS} --checkpoint-every 2 --eval-every 3"
+    launch(out, *options.split(), ranks=2)
+    return out

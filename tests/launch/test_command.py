@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from muon_dist.launch.cli import main
+from muon_dist.launch.environment import LAUNCHER_VARIABLES
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,31 @@ def test_half_of_torchruns_variables(monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit):
         main(["train"])
     assert "RANK, WORLD_SIZE set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing" in capsys.readouterr().err
+
+
+def test_a_rank_that_is_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.setenv(name, "x")
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert "RANK='x' is no number" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("mpi4py", "message"),
+    [
+        (None, "mpi4py does not import"),
+        (SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1))), "MPI library sees 1"),
+    ],
+)
+def test_mpirun_without_its_mpi4py(
+    mpi4py: object, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,16 @@ def test_table_compares_only_runs_of_equal_length(folder: Path) -> None:
     assert "8,000 B" in rows["adamw"]
 
 
+def test_deepspeeds_optimizers_are_named_and_nothing_is_estimated(folder: Path) -> None:
+    path = folder / "adamw" / "result.json"
+    run = json.loads(path.read_text())
+    run["ds_config"] = {"optimizer": {"type": "AdamW"}}
+    run["state_bytes_per_rank"]["estimated"] = None
+    path.write_text(json.dumps(run))
+    (row,) = [line for line in table(load_runs(folder)).splitlines() if line.startswith("deepspeed AdamW")]
+    assert row.split()[-3:] == ["8,000", "B", "-"]
+
+
 def test_plot_is_written(folder: Path) -> None:
     plot(load_runs(folder), folder / "loss.png")
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")

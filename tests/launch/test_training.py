@@ -4,34 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from muon_dist.launch.metrics import read_records
-
-Launch = Callable[..., object]  # the fixture in conftest.py
-
-STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def fsdp2_run(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "fsdp2"
-    options = f"--engine fsdp2 --optimizer dist_muon --steps {STEPS} --checkpoint-every 2 --eval-every 3"
-    launch(out, *options.split(), ranks=2)
-    return out
-
-
-def losses(run: Path, kind: str) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_records(run / "metrics.jsonl") if record["kind"] == kind}
-
-
-def result(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "result.json").read_text())
-    return content
+from tests.launch.conftest import STEPS, Launch
+from tests.launch.records import losses, result
 
 
 def test_a_run_leaves_its_records(fsdp2_run: Path) -> None:
