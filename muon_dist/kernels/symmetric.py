@@ -7,6 +7,8 @@ through tensor descriptors, by Hopper's bulk copy engine.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,26 @@ _DEPTH = 64
 # Below these, cuBLAS is faster: small matrices, and fewer tiles than two for each of the chip's 132 multiprocessors.
 SMALLEST_SIDE = 1024
 FEWEST_TILES = 256
+# From this many rows on, what is read of the operands counts, and wider tiles read less.
+_WIDE_FROM = 8192
+
+
+class _Variant(NamedTuple):
+    """Columns of a tile (its rows are ``TILE``), stages of the pipeline, and whether each program takes tiles in turn.
+
+    Measured on an H200. Wide tiles pay where the epilogue has much to do; taking turns hides an epilogue behind the
+    next tile's loads, and costs where inner loops are long.
+    """
+
+    width: int
+    stages: int
+    takes_turns: bool
+
+    @classmethod
+    def of(cls, s: int, k: int, adds: bool) -> _Variant:
+        if adds or s >= _WIDE_FROM:
+            return cls(2 * TILE, 3, takes_turns=True)
+        return cls(TILE, 5, takes_turns=k <= 2048)
 
 
 def fits(a: Tensor) -> bool:
@@ -26,17 +48,18 @@ def fits(a: Tensor) -> bool:
     return (
         a.dtype in (torch.float16, torch.bfloat16)
         and s >= SMALLEST_SIDE
-        and n * _tiles(s) >= FEWEST_TILES
+        and n * _tiles(s, TILE) >= FEWEST_TILES
         and s % 8 == k % 8 == 0  # rows at multiples of 16 bytes
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(a.device)[0] in (9, 10)  # Hopper and Blackwell, with their shared memory
     )
 
 
-def _tiles(s: int) -> int:
-    """Tiles on and below the diagonal."""
-    side = -(-s // TILE)
-    return side * (side + 1) // 2
+def _tiles(s: int, width: int) -> int:
+    """Tiles on and below the diagonal. Tiles that are ``width / TILE`` times as wide as high come in as many rows
+    for each block of ``width`` columns, and those of the last block cross the diagonal."""
+    blocks = -(-s // width)
+    return width // TILE * blocks * (blocks + 1) // 2
 
 
 def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, beta: float, diagonal: float) -> Tensor:
@@ -50,29 +73,39 @@ def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, be
         [n, s, s] of the same dtype, accumulated in fp32.
     """
     n, s, k = a.shape
+    variant = _Variant.of(s, k, adds=add is not None)
     out = a.new_empty((n, s, s))
     result = TensorDescriptor.from_tensor(out, [1, TILE, TILE])
     transposed = a.stride(2) != 1
-    block = [1, _DEPTH, TILE] if transposed else [1, TILE, _DEPTH]
-    left = TensorDescriptor.from_tensor(a.mT if transposed else a, block)
-    right = left if b is a else TensorDescriptor.from_tensor(b.mT if transposed else b, block)
-    # Measured: deep pipelines pay for long inner loops only.
-    num_warps, num_stages = (8, 5) if k > s else (4, 3)
-    _symmetric_product[(_tiles(s), n)](
+
+    def operand(x: Tensor, side: int) -> TensorDescriptor:
+        block = [1, _DEPTH, side] if transposed else [1, side, _DEPTH]
+        return TensorDescriptor.from_tensor(x.mT if transposed else x, block)
+
+    left = operand(a, TILE)
+    right = left if b is a and variant.width == TILE else operand(b, variant.width)
+    total = n * _tiles(s, variant.width)
+    programs = total
+    if variant.takes_turns and a.is_cuda:
+        programs = min(total, torch.cuda.get_device_properties(a.device).multi_processor_count)
+    _symmetric_product[(programs,)](
         left,
         right,
-        result if add is None else TensorDescriptor.from_tensor(add, [1, TILE, TILE]),
+        result if add is None else TensorDescriptor.from_tensor(add, [1, TILE, variant.width]),
         result,
         k,
+        total // n,
+        total,
         alpha,
         beta,
         diagonal,
         TRANSPOSED=transposed,
         ADD=add is not None,
-        TILE=TILE,
+        HEIGHT=TILE,
+        WIDTH=variant.width,
         DEPTH=_DEPTH,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=8,
+        num_stages=variant.stages,
     )
     return out
 
@@ -84,37 +117,62 @@ def _symmetric_product(
     add,
     out,
     k,
+    tiles,
+    total,
     alpha,
     beta,
     diagonal,
     TRANSPOSED: tl.constexpr,
     ADD: tl.constexpr,
-    TILE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    # Tiles of the lower triangle, row by row: 0 | 1 2 | 3 4 5 | ...
-    tile = tl.program_id(0)
-    batch = tl.program_id(1)
-    i = ((tl.sqrt((8 * tile + 1).to(tl.float32)) - 1) / 2).to(tl.int32)
-    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)  # the root may have been rounded down
-    j = tile - i * (i + 1) // 2
-    total = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(0, k, DEPTH):
-        if TRANSPOSED:
-            left = a.load([batch, start, i * TILE]).reshape(DEPTH, TILE)
-            right = b.load([batch, start, j * TILE]).reshape(DEPTH, TILE)
-            total = tl.dot(left.T, right, total)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        batch = tile // tiles
+        i, j, crosses = _place(tile % tiles, WIDTH // HEIGHT)
+        sums = tl.zeros((HEIGHT, WIDTH), tl.float32)
+        for start in range(0, k, DEPTH):
+            if TRANSPOSED:
+                left = a.load([batch, start, i * HEIGHT]).reshape(DEPTH, HEIGHT)
+                right = b.load([batch, start, j * WIDTH]).reshape(DEPTH, WIDTH)
+                sums = tl.dot(left.T, right, sums)
+            else:
+                left = a.load([batch, i * HEIGHT, start]).reshape(HEIGHT, DEPTH)
+                right = b.load([batch, j * WIDTH, start]).reshape(WIDTH, DEPTH)
+                sums = tl.dot(left, right.T, sums)
+        sums *= alpha
+        if ADD:
+            sums += beta * add.load([batch, i * HEIGHT, j * WIDTH]).reshape(HEIGHT, WIDTH).to(tl.float32)
+        if crosses:
+            same = (i * HEIGHT + tl.arange(0, HEIGHT))[:, None] == (j * WIDTH + tl.arange(0, WIDTH))[None, :]
+            sums += tl.where(same, diagonal, 0.0)
+        if WIDTH == HEIGHT:
+            _store(out, sums, batch, i * HEIGHT, j * WIDTH, crosses, HEIGHT)
         else:
-            left = a.load([batch, i * TILE, start]).reshape(TILE, DEPTH)
-            right = b.load([batch, j * TILE, start]).reshape(TILE, DEPTH)
-            total = tl.dot(left, right.T, total)
-    total *= alpha
-    if ADD:
-        total += beta * add.load([batch, i * TILE, j * TILE]).reshape(TILE, TILE).to(tl.float32)
-    if i == j:
-        same = tl.arange(0, TILE)[:, None] == tl.arange(0, TILE)[None, :]
-        total += tl.where(same, diagonal, 0.0)
-    stored = total.to(out.dtype)
-    out.store([batch, i * TILE, j * TILE], stored.reshape(1, TILE, TILE))
-    if i != j:
-        out.store([batch, j * TILE, i * TILE], stored.T.reshape(1, TILE, TILE))
+            first, second = sums.reshape(HEIGHT, 2, HEIGHT).permute(0, 2, 1).split()
+            _store(out, first, batch, i * HEIGHT, j * WIDTH, crosses, HEIGHT)
+            _store(out, second, batch, i * HEIGHT, j * WIDTH + HEIGHT, crosses, HEIGHT)
+
+
+@triton.jit
+def _place(tile, RATIO: tl.constexpr):
+    """Row and column of a tile in its matrix, counted in tiles, and whether it crosses the diagonal.
+
+    Tiles are counted row by row, 0 | 1 2 | 3 4 5 | ..., where a row of square tiles stands for RATIO rows of wide ones.
+    """
+    pair = tile // RATIO
+    g = ((tl.sqrt((8 * pair + 1).to(tl.float32)) - 1) / 2).to(tl.int32)
+    g = tl.where((g + 1) * (g + 2) // 2 <= pair, g + 1, g)  # the root may have been rounded down
+    within = tile - RATIO * (g * (g + 1) // 2)
+    j = within % (g + 1)
+    return RATIO * g + within // (g + 1), j, j == g
+
+
+@triton.jit
+def _store(out, sums, batch, row, col, crosses, SIDE: tl.constexpr):
+    """Stores a square, and its mirror image where that is not part of another tile."""
+    stored = sums.to(out.dtype)
+    out.store([batch, row, col], stored.reshape(1, SIDE, SIDE))
+    if not crosses:
+        out.store([batch, col, row], stored.T.reshape(1, SIDE, SIDE))
