@@ -57,14 +57,12 @@ class Pipeline:
         self._side = self._streams.Stream() if device.type == "cpu" else self._streams.Stream(device=device)
 
     def run(self, work: MatrixWork, meanwhile: Callable[[], None]) -> None:
-        """One step of all matrices. ``meanwhile`` runs while the first chunk is on its way; where nothing travels, behind
-        the first polar factors, so that the device has those to do while the host launches it."""
+        """One step of all matrices. ``meanwhile`` runs while the first chunk is on its way."""
         current = self._streams.current_stream(self._device)
         slots = [new_buffers(self._exchanges, self._group, self._device) for _ in self._exchanges[:_SLOTS]]
         self._side.wait_stream(current)
         arriving = self._gather(0, work, slots)
-        if self._group is not None:
-            meanwhile()
+        meanwhile()
         for k, exchange in enumerate(self._exchanges):
             arrived = arriving
             if k + 1 < len(self._exchanges):
@@ -73,8 +71,6 @@ class Pipeline:
             arrived.wait()
             with record_function("muon_dist.polar"):
                 exchange.replace_owned(work.polar, buffers)
-            if k == 0 and self._group is None:
-                meanwhile()
             returned = self._departed(exchange.scatter(buffers))
             with self._streams.stream(self._side), record_function("muon_dist.apply"):
                 returned.wait()
