@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -77,5 +78,6 @@ def _run(rank: int, ranks: int, function: Callable[[int], Any], store: Path, sen
         message = pickle.dumps((False, traceback.format_exc()))
     send.send_bytes(message)
     send.close()
-    # No clean-up: after a failure, peers may be stuck in a collective.
-    os._exit(0)
+    # Until the parent ends it: a peer may still be shaking hands with this one, or be stuck in a collective.
+    while True:
+        signal.pause()
