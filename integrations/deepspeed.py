@@ -31,7 +31,7 @@ from muon_dist.optimizer import DistMuon
 from muon_dist.pipeline import Pipeline
 from muon_dist.shards import Shard
 
-OLDEST = (0, 18)
+OLDEST = (0, 19)
 
 try:
     import deepspeed
