@@ -51,7 +51,7 @@ class Stored:
 
     def update(self, gradient: Tensor) -> Tensor:
         """Returns the momentum as it was before it was stored."""
-        momentum = self.codec.decode(self.buffers).lerp_(gradient, 1 - MOMENTUM)
+        momentum = self.codec.decode(self.buffers, gradient.shape[-1]).lerp_(gradient, 1 - MOMENTUM)
         self.codec.encode(momentum, self.buffers)
         return momentum
 
@@ -93,7 +93,9 @@ def probe(model_name: str, steps: int) -> dict[str, dict[str, float]]:
                     once = Stored(momenta[i].codec, p)
                     once.codec.encode(exact[i], once.buffers)
                     theirs = polar_factor(momentum, polar)
-                    figures[name]["one step"].append(relative_error(once.codec.decode(once.buffers), exact[i]))
+                    figures[name]["one step"].append(
+                        relative_error(once.codec.decode(once.buffers, p.shape[-1]), exact[i])
+                    )
                     figures[name]["drift"].append(relative_error(momentum, exact[i]))
                     cosine = torch.nn.functional.cosine_similarity(theirs.flatten(), direction.flatten(), dim=0)
                     figures[name]["cosine"].append(float(cosine))

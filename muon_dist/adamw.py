@@ -77,9 +77,10 @@ class AdamWParameter:
             )
             return
         for rows in _row_slices(weight):
-            m = _Opened(self.exp_avg.codec, first, rows)
-            v = _Opened(self.exp_avg_sq.codec, second, rows)
             w = _cut(weight, rows)
+            cols = w.shape[-1] if w.ndim else 1
+            m = _Opened(self.exp_avg.codec, first, rows, cols)
+            v = _Opened(self.exp_avg_sq.codec, second, rows, cols)
             wide = w.float().contiguous()  # w itself where it is that already
             adamw(
                 [wide],
@@ -110,11 +111,11 @@ class AdamWParameter:
 class _Opened:
     """Some rows of a stored state as fp32 values that may be written: the buffer itself where it is fp32."""
 
-    def __init__(self, codec: Codec, buffers: Mapping[str, Tensor], rows: slice | None) -> None:
+    def __init__(self, codec: Codec, buffers: Mapping[str, Tensor], rows: slice | None, cols: int) -> None:
         self._codec = codec
         self._buffers = {name: _cut(buffer, rows) for name, buffer in buffers.items()}
         self._in_place = isinstance(codec, Full) and codec.dtype == torch.float32
-        self.values = self._buffers[""] if self._in_place else codec.decode(self._buffers)
+        self.values = self._buffers[""] if self._in_place else codec.decode(self._buffers, cols)
 
     def close(self) -> None:
         if not self._in_place:

@@ -72,6 +72,22 @@ class Geometry(NamedTuple):
         return any(piece.wanted_by != (piece.rank,) for piece in self.pieces)
 
 
+class Extent(NamedTuple):
+    """A matrix and the largest of the parts that it lies in: what codecs that look at whole parts are made for.
+
+    Attributes:
+        matrix: rows and columns of the whole.
+        part: rows and columns of the largest part on any rank; of a run, as it is when folded at the matrix's width.
+        cuts: into how many parts the rows and the columns are cut.
+        run: whether parts are runs of the flattened matrix.
+    """
+
+    matrix: tuple[int, int]
+    part: tuple[int, int]
+    cuts: tuple[int, int] = (1, 1)
+    run: bool = False
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One matrix to orthogonalise, by the name of its parameter."""

@@ -24,6 +24,7 @@ from muon_dist.layout import Matrix, Rect
 from muon_dist.options import Options, PolarForm, UpdateScale
 from muon_dist.polar import Schedule, default_dtype, polar_factor
 from muon_dist.shards import Shard
+from muon_dist.stacks import AccumulateStacks, Member, accumulate_pieces
 from muon_dist.staging import on_device
 from muon_dist.state import StoredTensor, momentum_of
 from muon_dist.wire import WireFormat
@@ -53,17 +54,23 @@ class MuonParameter:
     def of(cls, shard: Shard, options: Options) -> MuonParameter:
         """Raises ValueError for a parameter that Muon cannot take."""
         matrix = Matrix(shard.name, shard.geometry())
-        return cls(shard, matrix, momentum_of(shard.momentum_layout(options.block_size), options, shard.prefix))
+        try:
+            momentum = momentum_of(shard.momentum_layout(options.block_size), options, shard.prefix)
+        except ValueError as error:
+            raise ValueError(f"{shard.name}: {error}") from None
+        return cls(shard, matrix, momentum)
 
     def create_state(self) -> None:
         """Adds what is missing to the parameter's state."""
         self.momentum.create(self.shard.state)
 
-    def accumulate(self, rect: Rect, wire: WireFormat, packed: Tensor, batch: AccumulateBatch | None) -> None:
+    def accumulate(
+        self, rect: Rect, wire: WireFormat, packed: Tensor, batch: AccumulateBatch | None, stacks: AccumulateStacks
+    ) -> None:
         """Takes the gradient into the momentum and packs what is to be orthogonalised; zeros where there is none.
 
         Args:
-            batch: may take the work, to be launched later; None if there are no kernels.
+            batch, stacks: may take the work, to be launched later; the first is None if there are no kernels.
         """
         gradient = self.shard.gradient()
         if gradient is None:
@@ -71,9 +78,12 @@ class MuonParameter:
             return
         g = gradient[rect.relative_to(self.shard.rect).slices]
         buffers = self.momentum.buffers(self.shard.state)
+        if not self.momentum.codec.row_wise and g.device == packed.device:
+            stacks.take(self.momentum.codec, Member(g, buffers, packed), *self._decays)
+            return
         if batch is not None and g.device == packed.device:
-            values = self.momentum.codec.for_kernels(buffers), wire.for_kernels(packed, *g.shape)
-            if kernels.blocks_agree(g.shape[1], *values) and batch.take(g, *values, *self._decays):
+            momentum, out = self.momentum.codec.for_kernels(buffers), wire.for_kernels(packed, *g.shape)
+            if kernels.fit(g.shape, momentum, out) and batch.take(g, momentum, out, *self._decays):
                 return
         with on_device(buffers, packed.device) as here:
             self._accumulate(g.to(packed.device, non_blocking=True), here, wire, packed)
@@ -81,13 +91,16 @@ class MuonParameter:
     def _accumulate(self, g: Tensor, buffers: Mapping[str, Tensor], wire: WireFormat, packed: Tensor) -> None:
         codec = self.momentum.codec
         beta, nesterov = self._decays
+        if not codec.row_wise:
+            accumulate_pieces(codec, [Member(g, buffers, packed)], wire, beta, nesterov)
+            return
         if kernels.usable_on(g.device):
             momentum, out = codec.for_kernels(buffers), wire.for_kernels(packed, *g.shape)
-            if kernels.blocks_agree(g.shape[1], momentum, out) and g.stride(1) == 1:
+            if kernels.fit(g.shape, momentum, out) and g.stride(1) == 1:
                 momentum_kernels.accumulate(g, momentum, out, beta, nesterov)
                 return
         g = g.float()
-        m = codec.decode(buffers).lerp_(g, 1 - beta)
+        m = codec.decode(buffers, g.shape[1]).lerp_(g, 1 - beta)
         codec.encode(m, buffers)
         u = g.lerp(m, beta) if nesterov else m
         wire.pack(u.unsqueeze(0), packed.unsqueeze(0))
@@ -99,16 +112,18 @@ class MuonParameter:
         part = self.shard.weight()[rect.relative_to(self.shard.rect).slices]
         if batch is not None and part.device == packed.device:
             update = wire.back.for_kernels(packed, *part.shape)
-            if batch.take(part, update, *self._factors):
+            if kernels.fit(part.shape, update) and batch.take(part, update, *self._factors):
                 return
         with on_device({"weight": part}, packed.device) as here:
             self._apply(here["weight"], wire, packed)
 
     def _apply(self, weight: Tensor, wire: WireFormat, packed: Tensor) -> None:
         decay, factor = self._factors
-        if kernels.usable_on(weight.device) and weight.stride(1) == 1:
-            momentum_kernels.apply(weight, wire.back.for_kernels(packed, *weight.shape), decay, factor)
-            return
+        if kernels.usable_on(weight.device):
+            encoded = wire.back.for_kernels(packed, *weight.shape)
+            if kernels.fit(weight.shape, encoded) and weight.stride(1) == 1:
+                momentum_kernels.apply(weight, encoded, decay, factor)
+                return
         (update,) = wire.back.unpack(packed.unsqueeze(0), *weight.shape)
         wide = weight.float()  # the weight itself where it is fp32 already
         wide.mul_(decay).add_(update, alpha=factor)
@@ -140,8 +155,10 @@ class MuonWork:
 
     def accumulate(self, pieces: Sequence[PackedPiece]) -> None:
         batch = batches.AccumulateBatch() if pieces and kernels.usable_on(pieces[0].packed.device) else None
+        stacks = AccumulateStacks(self.wire)
         for matrix, rect, packed in pieces:
-            self.parameters[matrix].accumulate(rect, self.wire, packed, batch)
+            self.parameters[matrix].accumulate(rect, self.wire, packed, batch, stacks)
+        stacks.launch()
         if batch is not None:
             batch.launch()
 

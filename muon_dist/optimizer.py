@@ -66,13 +66,16 @@ class DistMuon(torch.optim.Optimizer):
         weight_decay: decoupled, times ``lr``.
         update_scale: factor on the orthogonal update of [rows, cols]. "spectral": sqrt(max(1, rows / cols)), learning
             rates about 0.02; "match_rms_adamw": 0.2 sqrt(max(rows, cols)), AdamW's learning rates; "none".
-        momentum_state: how the momentum is stored: "fp32", "bf16", "linear8", "dynamic8".
-        block_size: elements of a row that share a scale in the 8-bit states.
+        momentum_state: how the momentum is stored: "fp32", "bf16", "linear8", "dynamic8"; in 4 bits "lowrank4",
+            "grasp4", "nf4", "int4". docs/codecs.md compares them.
+        block_size: elements of a row that share a scale in the 8-bit and 4-bit states; the side of grasp4's tiles.
+        rank_fraction: rank of the low-rank part of "grasp4" and "lowrank4" over the shorter side of a matrix; by
+            default 1/16, and what makes 0.645 bytes an element.
         polar: coefficients of the Newton-Schulz iteration: "polar_express", "jordan", "cans", "jiacheng".
         polar_steps: iterations.
         polar_form: "standard", "gram", or "auto" by shape.
         polar_dtype: arithmetic of the iteration; by default fp16 on accelerators and fp32 on CPU.
-        wire: how matrices travel to their owners and back: "fp32", "bf16" (fp16 on the way back), "int8".
+        wire: how matrices travel to their owners and back: "fp32", "bf16" (fp16 on the way back), "int8", "nf4".
         chunk_bytes: bound on each of the exchange's buffers on a rank (there are four, or two in a single process). A
             matrix that is larger travels alone.
         adamw_lr, adamw_betas, adamw_eps: of the AdamW part.
@@ -101,6 +104,7 @@ class DistMuon(torch.optim.Optimizer):
         *,
         momentum_state: MomentumState = "linear8",
         block_size: int = DEFAULT_BLOCK_SIZE,
+        rank_fraction: float | None = None,
         polar: Polar = "polar_express",
         polar_steps: int = 5,
         polar_form: PolarForm = "auto",
@@ -122,6 +126,7 @@ class DistMuon(torch.optim.Optimizer):
         self._options = Options(
             momentum_state=momentum_state,
             block_size=block_size,
+            rank_fraction=rank_fraction,
             polar=polar,
             polar_steps=polar_steps,
             polar_form=polar_form,

@@ -8,12 +8,14 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 
 Algorithm = Literal["muon", "adamw"]
-MomentumState = Literal["fp32", "bf16", "linear8", "dynamic8"]
+RowWiseState = Literal["fp32", "bf16", "linear8", "dynamic8", "int4", "nf4"]
+LowRankState = Literal["grasp4", "lowrank4"]
+MomentumState = Literal[RowWiseState, LowRankState]
 AdamWState = Literal["fp32", "dynamic8"]
 Polar = Literal["jordan", "polar_express", "cans", "jiacheng"]
 PolarForm = Literal["auto", "standard", "gram"]
 UpdateScale = Literal["match_rms_adamw", "spectral", "none"]
-Wire = Literal["fp32", "bf16", "int8"]
+Wire = Literal["fp32", "bf16", "int8", "nf4"]
 Nonfinite = Literal["propagate", "raise"]
 
 # A block of 128 with a bf16 scale costs 1.016 bytes an element. benchmarks/README.md has the measurements behind it.
@@ -31,6 +33,7 @@ class Options:
 
     momentum_state: MomentumState = "linear8"
     block_size: int = DEFAULT_BLOCK_SIZE
+    rank_fraction: float | None = None
     polar: Polar = "polar_express"
     polar_steps: int = 5
     polar_form: PolarForm = "auto"
@@ -46,6 +49,8 @@ class Options:
             value = getattr(self, field.name)
             if get_origin(hints[field.name]) is Literal:
                 require_one_of(field.name, value, get_args(hints[field.name]))
+            elif field.name == "rank_fraction" and value is not None and not 0 < value <= 1:
+                raise ValueError(f"rank_fraction={value!r}: it must be above 0 and at most 1, or None")
             elif hints[field.name] is int and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name}={value!r}: it must be a positive integer")
         if self.polar_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):

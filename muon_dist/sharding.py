@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from muon_dist.layout import Geometry, Piece, Rect, aligned_block, chunk_range
+from muon_dist.layout import Extent, Geometry, Piece, Rect, aligned_block, chunk_range
 
 Placements: TypeAlias = tuple[Placement, ...]
 
@@ -130,6 +130,17 @@ def block_of(shape: tuple[int, ...], home: Home, placements: Placements, block_s
     """Block length for a state of ``shape`` so that no block of its last dimension crosses a cut between ranks."""
     extents = (local_extent(shape, home.mesh_shape, where, placements)[-1] for where in home.coordinates)
     return aligned_block(shape[-1], sorted({start for start, length in extents if length}), block_size)
+
+
+@lru_cache(maxsize=4096)
+def extent_of(shape: tuple[int, int], home: Home, placements: Placements) -> Extent:
+    """Of a matrix that lies on ``home.ranks`` as ``placements`` say."""
+    # Cuts are torch.chunk's, so the first part is the largest.
+    (_, rows), (_, cols) = local_extent(shape, home.mesh_shape, (0,) * len(home.mesh_shape), placements)
+    cuts = (
+        math.prod(n for n, p in zip(home.mesh_shape, placements, strict=True) if _shards(p, dim, 2)) for dim in (0, 1)
+    )
+    return Extent(shape, (rows, cols), (next(cuts), next(cuts)))
 
 
 def local_extent(

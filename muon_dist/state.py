@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from muon_dist.codecs import Codec, make_codec
+from muon_dist.codecs import Codec, make_codec, make_low_rank_codec
+from muon_dist.layout import Extent
 from muon_dist.options import Options
-from muon_dist.sharding import Home, Placements, block_of, local, wrap_local
+from muon_dist.sharding import Home, Placements, block_of, extent_of, local, wrap_local
 
 # AdamW moments of parameters with fewer elements stay in fp32: they cost nothing, and norms and biases are sensitive.
 SMALLEST_QUANTISED = 4096
@@ -34,6 +35,7 @@ class StateLayout:
         block: elements that share a scale, for codecs that have one.
         mesh, placements: how the parts make the whole; mesh is None for a part that only this rank knows of.
         device: where the parts lie.
+        extent: of a matrix; None for other shapes.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +44,7 @@ class StateLayout:
     mesh: DeviceMesh | None
     placements: Placements
     device: torch.device
+    extent: Extent | None
 
 
 def sharded_layout(
@@ -57,12 +60,18 @@ def sharded_layout(
     whole = tuple(shape)
     part = home.local_shape(whole, placements, rank)
     block = block_of(whole, home, placements, block_size) if whole else block_size
-    return StateLayout(whole, part, block, mesh, placements, device)
+    extent = extent_of(whole, home, placements) if len(whole) == 2 else None
+    return StateLayout(whole, part, block, mesh, placements, device, extent)
 
 
-def flat_layout(length: int, block_size: int, device: torch.device) -> StateLayout:
-    """Of the state of a run of ``length`` elements: one row, its blocks counted from the start of the run."""
-    return StateLayout((1, length), (1, length), block_size, None, (), device)
+def flat_layout(shape: Sequence[int], length: int, block_size: int, device: torch.device) -> StateLayout:
+    """Of the state of a run of ``length`` elements of a flattened parameter of ``shape``: one row, its blocks counted
+    from the start of the run."""
+    extent = None
+    if len(shape) == 2:
+        rows, cols = shape
+        extent = Extent((rows, cols), (math.ceil(length / cols), cols), run=True)
+    return StateLayout((1, length), (1, length), block_size, None, (), device, extent)
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class StoredTensor:
         layout = self.layout
         if layout.mesh is None and math.prod(layout.local_shape) == 0:
             return
-        whole = self.codec.buffers(layout.shape)
+        whole = self.codec.whole(layout.shape)
         for buffer, spec in self.codec.buffers(layout.local_shape).items():
             if self._entry(buffer) not in state:
                 part = torch.zeros(spec.shape, dtype=spec.dtype, device=layout.device)
@@ -93,13 +102,23 @@ class StoredTensor:
         """Bytes on this rank."""
         return sum(math.prod(s.shape) * s.dtype.itemsize for s in self.codec.buffers(self.layout.local_shape).values())
 
+    def decode(self, state: MutableMapping[str, Any]) -> Tensor:
+        """This rank's part, fp32, of ``layout.local_shape``."""
+        return self.codec.decode(self.buffers(state), (1, *self.layout.local_shape)[-1])
+
     def _entry(self, buffer: str) -> str:
         return f"{self.key}_{buffer}" if buffer else self.key
 
 
 def momentum_of(layout: StateLayout, options: Options, prefix: str = "") -> StoredTensor:
-    """The momentum of a matrix."""
-    return StoredTensor(f"{prefix}momentum_buffer", make_codec(options.momentum_state, layout.block), layout)
+    """The momentum of a matrix. Raises ValueError where the codec cannot store a matrix that lies like this."""
+    name = options.momentum_state
+    if name == "grasp4" or name == "lowrank4":
+        assert layout.extent is not None
+        codec = make_low_rank_codec(name, layout.block, layout.extent, options.rank_fraction)
+    else:
+        codec = make_codec(name, layout.block)
+    return StoredTensor(f"{prefix}momentum_buffer", codec, layout)
 
 
 def moments_of(

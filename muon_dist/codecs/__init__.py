@@ -6,28 +6,70 @@ from typing import get_args
 
 import torch
 
+from muon_dist.codecs.block4 import Block4
 from muon_dist.codecs.dynamic8 import Dynamic8
 from muon_dist.codecs.full import Full
+from muon_dist.codecs.grid4 import Grid4
 from muon_dist.codecs.linear8 import Linear8
+from muon_dist.codecs.lowrank import Folded, LowRank, rank_of
 from muon_dist.codecs.protocol import BufferSpec, Codec
-from muon_dist.options import DEFAULT_BLOCK_SIZE, MomentumState
+from muon_dist.layout import Extent
+from muon_dist.options import DEFAULT_BLOCK_SIZE, LowRankState, MomentumState, RowWiseState
 
 CODECS = get_args(MomentumState)
+LOW_RANK_CODECS = get_args(LowRankState)
+
+# Of the shorter side of a matrix, as in the paper.
+_GRASP_RANK = 1 / 16
+# Elements of lowrank4's factors for each of the matrix. With half a byte and a 64th for scales each, that makes 0.645
+# bytes an element.
+_LOWRANK_SHARE = 1 / 4
 
 
-def make_codec(name: MomentumState, block: int = DEFAULT_BLOCK_SIZE, *, signed: bool = True) -> Codec:
-    """The codec called ``name``.
+def make_codec(name: RowWiseState, block: int = DEFAULT_BLOCK_SIZE, *, signed: bool = True) -> Codec:
+    """The row-wise codec called ``name``.
 
     Args:
-        name: one of ``CODECS``; options were checked by :class:`muon_dist.options.Options`.
-        block: elements that share a scale, for the 8-bit codecs.
+        name: options were checked by :class:`muon_dist.options.Options`.
+        block: elements that share a scale, for the codecs that have one.
         signed: False for a state that is never negative (AdamW's second moment); dynamic8 then spends no code on signs.
     """
     if name == "linear8":
         return Linear8(block)
     if name == "dynamic8":
         return Dynamic8(block, signed)
+    if name == "int4" or name == "nf4":
+        return Block4(name, block)
     return Full(name, torch.float32 if name == "fp32" else torch.bfloat16)
 
 
-__all__ = ["CODECS", "BufferSpec", "Codec", "make_codec"]
+def make_low_rank_codec(name: LowRankState, block: int, extent: Extent, rank_fraction: float | None = None) -> Codec:
+    """The low-rank codec called ``name``, for the parts of one matrix.
+
+    Args:
+        block: elements that share a scale, and the side of grasp4's tiles.
+        rank_fraction: rank of the low-rank part over the shorter side, of a matrix in one piece. Shards have the rank
+            that costs them the same number of bytes an element.
+
+    Raises:
+        ValueError: the columns are cut at odd places: two codes share a byte.
+    """
+    rows, cols = extent.part
+    if extent.cuts[1] > 1 and cols % 2:
+        raise ValueError(
+            f"{name} stores two columns a byte, and this layout cuts columns every {cols}: use a codec of 8 bits, or "
+            f"shard the columns at even places"
+        )
+    short, long = sorted(extent.matrix)
+    if name == "grasp4":
+        share = (rank_fraction or _GRASP_RANK) * (1 + short / long)
+        factors, residual = Linear8(block), Grid4(block, rows, extent.cuts[0])
+        codec = LowRank(name, rank_of(share, rows, cols), extent.cuts, factors, residual, compensated=False)
+    else:
+        share = rank_fraction * (1 + short / long) if rank_fraction else _LOWRANK_SHARE
+        parts = Block4("lloyd4", block)
+        codec = LowRank(name, rank_of(share, rows, cols), extent.cuts, parts, parts, compensated=True)
+    return Folded(codec, cols) if extent.run else codec
+
+
+__all__ = ["CODECS", "LOW_RANK_CODECS", "BufferSpec", "Codec", "make_codec", "make_low_rank_codec"]

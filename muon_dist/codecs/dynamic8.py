@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from muon_dist.codecs.blocks import SCALE_DTYPE, SMALLEST_SCALE, block_count, from_blocks, reciprocal, to_blocks
-from muon_dist.codecs.protocol import BufferSpec
+from muon_dist.codecs.protocol import BufferSpec, RowWise
 from muon_dist.kernels import CELL_SHIFT, CELLS, FIRST_CELL, Encoded, Tables
 
 
 @dataclass(frozen=True)
-class Dynamic8:
+class Dynamic8(RowWise):
     """1 byte an element and 2 bytes a block.
 
     The signed map has +1 but not -1, so the scale is the block's largest element with its sign: that element always
@@ -53,10 +53,10 @@ class Dynamic8:
         buffers["scales"].copy_(scales)
         buffers["codes"].copy_(from_blocks(codes, values.shape[-1]))
 
-    def decode(self, buffers: Mapping[str, Tensor]) -> Tensor:
+    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
         codes, scales = buffers["codes"], buffers["scales"]
         fractions = _map_on(codes.device, self.signed).levels[to_blocks(codes, self.block).int()]
-        return from_blocks(fractions.mul_(scales.float().unsqueeze(-1)), codes.shape[-1]).contiguous()
+        return from_blocks(fractions.mul_(scales.float().unsqueeze(-1)), cols).contiguous()
 
 
 def dynamic_map(signed: bool) -> list[float]:

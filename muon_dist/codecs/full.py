@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from muon_dist.codecs.protocol import BufferSpec
+from muon_dist.codecs.protocol import BufferSpec, RowWise
 from muon_dist.kernels import Encoded
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(RowWise):
     """Stores each element in a floating-point dtype: 4 bytes an element for fp32, 2 for bf16."""
 
     name: str
@@ -28,5 +28,5 @@ class Full:
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         buffers[""].copy_(values)
 
-    def decode(self, buffers: Mapping[str, Tensor]) -> Tensor:
+    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
         return buffers[""].to(torch.float32, copy=True, memory_format=torch.contiguous_format)

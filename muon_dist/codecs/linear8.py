@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from muon_dist.codecs.blocks import SCALE_DTYPE, SMALLEST_SCALE, block_count, from_blocks, reciprocal, to_blocks
-from muon_dist.codecs.protocol import BufferSpec
+from muon_dist.codecs.protocol import BufferSpec, RowWise
 from muon_dist.kernels import Encoded
 
 _LEVELS = 127.0
 
 
 @dataclass(frozen=True)
-class Linear8:
+class Linear8(RowWise):
     """1 byte an element and 2 bytes a block. An element is off by at most half a step: 1/254 of its block's scale, the
     block's largest magnitude rounded to bf16."""
 
@@ -44,9 +44,9 @@ class Linear8:
         buffers["scales"].copy_(scales)
         buffers["codes"].copy_(from_blocks(steps, values.shape[-1]))
 
-    def decode(self, buffers: Mapping[str, Tensor]) -> Tensor:
+    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
         codes, scales = buffers["codes"], buffers["scales"]
         # Times the fp32 nearest to 1/127 first: 127 of it is exactly 1, so the largest element decodes to the scale
         # itself.
         fractions = to_blocks(codes, self.block).float().mul_(1 / _LEVELS)
-        return from_blocks(fractions.mul_(scales.float().unsqueeze(-1)), codes.shape[-1]).contiguous()
+        return from_blocks(fractions.mul_(scales.float().unsqueeze(-1)), cols).contiguous()

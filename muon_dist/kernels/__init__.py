@@ -7,7 +7,7 @@ installed.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,28 +28,29 @@ CELLS = 24 << 7
 
 
 class Tables(NamedTuple):
-    """A map of 256 levels.
+    """A map of levels.
 
     Attributes:
         levels: fp32, ascending.
-        borders: fp32, 255: an element has as its code the number of borders below it.
-        starts: uint8, 2 CELLS: the number of borders below each cell, those of positive numbers first. No cell has more
-            than one border in it, so a code is found by one look-up and one comparison.
+        borders: fp32, one less: an element has as its code the number of borders below it.
+        starts: of maps of 256 levels, uint8, 2 CELLS: the number of borders below each cell, those of positive numbers
+            first. No cell has more than one border in it, so a code is found by one look-up and one comparison.
     """
 
     levels: Tensor
     borders: Tensor
-    starts: Tensor
+    starts: Tensor | None = None
 
 
 class Encoded(NamedTuple):
     """fp32 values [rows, cols] in one of the formats, as kernels take them.
 
     Attributes:
-        format: "fp32", "bf16", "fp16", "linear8" or "dynamic8".
+        format: "fp32", "bf16", "fp16", "linear8", "dynamic8" or "block4", whose codes take half a
+            byte each.
         buffers: contiguous; elements under "" or "codes", and "scales".
         block: elements of a row that share a scale; None for formats without scales.
-        tables: of dynamic8.
+        tables: of formats whose codes are looked up.
     """
 
     format: str
@@ -61,10 +62,21 @@ class Encoded(NamedTuple):
     def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Elements, scales, levels, borders and starts; the elements stand in for what the format does not have."""
         elements = self.buffers["codes"] if "codes" in self.buffers else self.buffers[""]
-        tables = self.tables or (elements, elements, elements)
-        return elements, self.buffers.get("scales", elements), *tables
+        levels, borders, starts = self.tables or (elements, elements, elements)
+        return elements, self.buffers.get("scales", elements), levels, borders, elements if starts is None else starts
 
 
-def blocks_agree(cols: int, *values: Encoded) -> bool:
-    """Whether one tile can be a block of all of ``values`` at once, in rows of ``cols`` elements."""
-    return len({min(v.block, cols) for v in values if v.block is not None}) <= 1
+def map_of(*values: Encoded) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, borders and starts of the one map among ``values`` that fit."""
+    return next((v for v in values if v.tables is not None), values[0]).pointers[2:]
+
+
+def fit(shape: Sequence[int], *values: Encoded) -> bool:
+    """Whether kernels can take ``values``, each of ``shape``, [rows, cols], at once: a tile is a block of all of them,
+    two codes that share a byte lie in one tile, and there is one map at most."""
+    rows, cols = shape
+    blocks = {min(v.block, cols) for v in values if v.block is not None}
+    maps = {id(v.tables) for v in values if v.tables is not None}
+    paired = any(v.format == "block4" for v in values)
+    fits_pairs = all(block % 2 == 0 for block in blocks) and (rows == 1 or cols % 2 == 0)
+    return len(blocks) <= 1 and len(maps) <= 1 and (fits_pairs or not paired)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muon_dist.kernels import Encoded, Tables
+from muon_dist.kernels import Encoded, map_of
 from muon_dist.kernels.tiles import TILE_ELEMENTS, block_of, load_tile, store_tile
 
 _Key = tuple[Any, ...]
@@ -25,7 +25,7 @@ class AccumulateBatch:
 
     def __init__(self) -> None:
         self._pieces: dict[_Key, list[list[int]]] = {}
-        self._tables: dict[_Key, Tables | None] = {}
+        self._maps: dict[_Key, tuple[Tensor, Tensor, Tensor]] = {}
 
     def take(self, gradient: Tensor, momentum: Encoded, packed: Encoded, beta: float, nesterov: bool) -> bool:
         """Whether the piece is taken; arguments are those of ``momentum.accumulate``."""
@@ -35,18 +35,16 @@ class AccumulateBatch:
             return False
         key = (gradient.device, gradient.dtype, momentum.format, packed.format, block, beta, nesterov)
         self._pieces.setdefault(key, []).append(row)
-        self._tables[key] = momentum.tables
+        self._maps[key] = map_of(momentum, packed)
         return True
 
     def launch(self) -> None:
         """Computes what was taken."""
         for key, rows in self._pieces.items():
             device, dtype, momentum, packed, block, beta, nesterov = key
-            table = _on(device, rows)
-            tables = self._tables[key] or (table, table, table)
             _accumulate[_grid(rows, block)](
-                table,
-                *tables,
+                _on(device, rows),
+                *self._maps[key],
                 1 - beta,
                 GRADIENT=_FORMATS[dtype],
                 MOMENTUM=momentum,
@@ -62,6 +60,7 @@ class ApplyBatch:
 
     def __init__(self) -> None:
         self._pieces: dict[_Key, list[list[int]]] = {}
+        self._levels: dict[_Key, Tensor] = {}
 
     def take(self, weight: Tensor, update: Encoded, decay: float, factor: float) -> bool:
         """Whether the piece is taken; arguments are those of ``momentum.apply``."""
@@ -69,14 +68,22 @@ class ApplyBatch:
         row = [weight.numel() // block if block else 0, *_addresses(weight, update), _bits(decay), _bits(factor)]
         if not block or not _aligned(row[1:-2]):
             return False
-        self._pieces.setdefault((weight.device, weight.dtype, update.format, block), []).append(row)
+        key = (weight.device, weight.dtype, update.format, block)
+        self._pieces.setdefault(key, []).append(row)
+        self._levels[key] = update.pointers[2]
         return True
 
     def launch(self) -> None:
         """Computes what was taken."""
-        for (device, dtype, update, block), rows in self._pieces.items():
+        for key, rows in self._pieces.items():
+            device, dtype, update, block = key
             _apply[_grid(rows, block)](
-                _on(device, rows), WEIGHT=_FORMATS[dtype], UPDATE=update, FIELDS=len(rows[0]), **_constants(block)
+                _on(device, rows),
+                self._levels[key],
+                WEIGHT=_FORMATS[dtype],
+                UPDATE=update,
+                FIELDS=len(rows[0]),
+                **_constants(block),
             )
 
 
@@ -124,7 +131,7 @@ def _pointer(field, FORMAT: tl.constexpr):
     address = tl.load(field)
     if FORMAT == "linear8":
         pointer = address.to(tl.pointer_type(tl.int8))
-    elif FORMAT == "dynamic8":
+    elif FORMAT == "dynamic8" or FORMAT == "block4":
         pointer = address.to(tl.pointer_type(tl.uint8))
     elif FORMAT == "bf16":
         pointer = address.to(tl.pointer_type(tl.bfloat16))
@@ -179,6 +186,7 @@ def _accumulate(
 @triton.jit
 def _apply(
     table,
+    levels,
     WEIGHT: tl.constexpr,
     UPDATE: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -194,6 +202,6 @@ def _apply(
         decay = tl.load(fields + 4).to(tl.int32).to(tl.float32, bitcast=True)
         factor = tl.load(fields + 5).to(tl.int32).to(tl.float32, bitcast=True)
         place, mask, row, row_mask = _tile(rows, BLOCK, ROWS)
-        u = load_tile(elements, scales, scales, place, mask, row, row_mask, UPDATE)
+        u = load_tile(elements, scales, levels, place, mask, row, row_mask, UPDATE)
         w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
         tl.store(weight + place, w * decay + factor * u, mask=mask)

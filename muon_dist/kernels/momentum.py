@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muon_dist.kernels import Encoded
+from muon_dist.kernels import Encoded, map_of
 from muon_dist.kernels.tiles import Tiling, load_tile, store_tile, tile_of
 
 
@@ -20,13 +20,14 @@ def accumulate(gradient: Tensor, momentum: Encoded, packed: Encoded, beta: float
     Args:
         gradient: [rows, cols], fp32, bf16 or fp16; rows may have any stride, columns lie side by side.
         momentum: updated in place.
-        packed: written. Its blocks agree with the momentum's.
+        packed: written. It fits the momentum, as ``kernels.fit`` says.
         beta, nesterov: as in Muon.
     """
     tiling = Tiling.of(gradient, momentum, packed)
     _accumulate[tiling.grid](
         gradient,
-        *momentum.pointers,
+        *momentum.pointers[:2],
+        *map_of(momentum, packed),
         *packed.pointers[:2],
         *tiling.shape,
         1 - beta,
@@ -47,7 +48,7 @@ def apply(weight: Tensor, update: Encoded, decay: float, factor: float) -> None:
     tiling = Tiling.of(weight, update)
     _apply[tiling.grid](
         weight,
-        *update.pointers[:2],
+        *update.pointers[:3],
         *tiling.shape,
         decay,
         factor,
@@ -94,6 +95,7 @@ def _apply(
     weight,
     elements,
     scales,
+    levels,
     rows,
     cols,
     stride,
@@ -107,6 +109,6 @@ def _apply(
     COLS: tl.constexpr,
 ):
     there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
-    u = load_tile(elements, scales, scales, place, mask, scale_place, scale_mask, UPDATE)
+    u = load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, UPDATE)
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)
     tl.store(weight + there, w * decay + factor * u, mask=mask)

@@ -81,15 +81,20 @@ def tile_of(rows, cols, stride, blocks, numel, BLOCK: tl.constexpr, ROWS: tl.con
 @triton.jit
 def load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, FORMAT: tl.constexpr):
     """The stored values of a tile, fp32; zeros outside the mask."""
-    stored = tl.load(elements + place, mask=mask, other=0)
-    if FORMAT == "linear8" or FORMAT == "dynamic8":
-        scale = tl.load(scales + scale_place, mask=scale_mask, other=0).to(tl.float32)
-        if FORMAT == "linear8":
-            values = stored.to(tl.float32) * (1 / 127.0) * scale
-        else:
-            values = tl.load(levels + stored.to(tl.int32)) * scale
+    if FORMAT == "block4":
+        pair = tl.load(elements + (place >> 1), mask=mask, other=0).to(tl.int32)
+        code = tl.where(place & 1 == 0, pair & 15, pair >> 4)
+        values = tl.load(levels + code)
     else:
-        values = stored.to(tl.float32)
+        stored = tl.load(elements + place, mask=mask, other=0)
+        if FORMAT == "linear8":
+            values = stored.to(tl.float32) * (1 / 127.0)
+        elif FORMAT == "dynamic8":
+            values = tl.load(levels + stored.to(tl.int32))
+        else:
+            values = stored.to(tl.float32)
+    if FORMAT == "linear8" or FORMAT == "dynamic8" or FORMAT == "block4":
+        values *= tl.load(scales + scale_place, mask=scale_mask, other=0).to(tl.float32)
     return tl.where(mask, values, 0.0)
 
 
@@ -104,8 +109,32 @@ def store_tile(values, elements, scales, borders, starts, place, mask, scale_pla
         codes, scale = encode_dynamic8(values, borders, starts)
         tl.store(elements + place, codes, mask=mask)
         tl.store(scales + scale_place, scale, mask=scale_mask)
+    elif FORMAT == "block4":
+        codes, scale = encode_nearest(values, borders)
+        first, second = _pairs(tl.where(mask, codes, 0))
+        place, _ = _pairs(place)
+        inside, _ = _pairs(mask.to(tl.int32))
+        tl.store(elements + (place >> 1), (first | (second << 4)).to(tl.uint8), mask=inside != 0)
+        tl.store(scales + scale_place, scale, mask=scale_mask)
     else:
         tl.store(elements + place, values, mask=mask)
+
+
+@triton.jit
+def _pairs(values):
+    """The first and the second of each two neighbours in a row, [ROWS, COLS / 2]."""
+    return values.reshape(values.shape[0], values.shape[1] // 2, 2).split()
+
+
+@triton.jit
+def encode_nearest(values, borders):
+    """Codes of a map of 16 levels, int32 [ROWS, COLS], and bf16 scales [ROWS, 1]."""
+    scale, inverse = _scale(tl.max(tl.abs(values), axis=1, keep_dims=True), values)
+    fractions = values * inverse
+    codes = tl.zeros(values.shape, tl.int32)
+    for i in tl.static_range(15):
+        codes += (fractions > tl.load(borders + i)).to(tl.int32)
+    return codes, scale
 
 
 @triton.jit

@@ -47,7 +47,7 @@ def train(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, **options: Any
     binding = optimizer._bind()
     stored = [(p.shard.state, p.momentum) for p in binding.muon]
     stored += [(p.shard.state, moment) for p in binding.adamw for moment in (p.exp_avg, p.exp_avg_sq)]
-    return [p.detach().float() for _, p in named], [s.codec.decode(s.buffers(state)) for state, s in stored]
+    return [p.detach().float() for _, p in named], [s.decode(state) for state, s in stored]
 
 
 def require_equal(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tolerance: float, **options: Any) -> None:
@@ -61,7 +61,7 @@ def require_equal(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tolera
 
 
 @pytest.mark.parametrize("momentum_state", CODECS)
-@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "nf4"])
 @pytest.mark.parametrize("block_size", [128, 50])
 def test_accumulate_and_apply(momentum_state: str, wire: str, block_size: int) -> None:
     tolerance = EXACT if momentum_state == wire == "fp32" else ROUNDED
@@ -96,4 +96,4 @@ def test_nan_stays_visible(momentum_state: Any, monkeypatch: pytest.MonkeyPatch)
     optimizer = DistMuon([("w", p)], momentum_state=momentum_state)
     optimizer.step()
     (bound,) = optimizer._bind().muon
-    assert bound.momentum.codec.decode(bound.momentum.buffers(bound.shard.state))[1, 3].isnan()
+    assert bound.momentum.decode(bound.shard.state)[1, 3].isnan()

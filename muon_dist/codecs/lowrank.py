@@ -1,0 +1,166 @@
+"""grasp4 and lowrank4: a low-rank part that is followed from step to step, and what it leaves, in 4 bits.
+
+    M = left right + rest        [rows, cols] = [rows, rank] [rank, cols] + [rows, cols]
+
+Most of a momentum's energy lies in few directions. Taken out, they leave entries three times smaller, and so does the
+noise of storing them in 4 bits: the noise is what hides the small singular values from the polar factor. The factors
+come from one power iteration, started where the last step ended:
+
+    left = orthonormal(M q), right = left^T M, with q the rows of the stored right factor, each divided by its norm
+
+- grasp4 is 4-bit-Muon-GRASP (ICLR 2026, OpenReview g2l9bg9DWx): factors of rank min(rows, cols) / 16 in linear8, the
+  residual of the exact factors in grid4.
+- lowrank4 stores the factors in 4 bits too, which pays for twice the rank or more, and the residual of the *stored*
+  factors, so that their rounding is not lost; without that it adds up over steps, as it does in "MuonQ", arXiv
+  2605.11396. Rows have scales of their own; there are no scales of columns.
+
+On a shard both work on the shard alone: no collective, exact decoding, the same bytes at any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from muon_dist.codecs.protocol import BufferSpec, Codec
+from muon_dist.kernels import Encoded
+from muon_dist.polar import polar_factor, schedule
+
+# Eight iterations bring singular values down to 1e-3 of the norm within rounding of one.
+_ORTHONORMAL = schedule("polar_express", 8)
+_SMALLEST_NORM = 2.0**-100
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Two factors in one codec, the rest in another.
+
+    Attributes:
+        rank: of the low-rank part; the same on all ranks.
+        cuts: into how many parts the rows and the columns of the state are cut.
+        factors: row-wise; the left factor is stored by its rows, [rows, rank], the right by its own, [rank, cols].
+        compensated: whether the rest is that of the factors as stored, not as computed.
+    """
+
+    name: str
+    rank: int
+    cuts: tuple[int, int]
+    factors: Codec
+    residual: Codec
+    compensated: bool
+    row_wise: bool = False
+
+    def buffers(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
+        *stack, rows, cols = shape
+        left = self.factors.buffers((*stack, rows, self.rank))
+        right = self.factors.buffers((*stack, self.rank, cols))
+        return {**_named("left", left), **_named("right", right), **self.residual.buffers(shape)}
+
+    def whole(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
+        rows, cols = shape
+        row_cuts, col_cuts = self.cuts
+        left = {
+            key: BufferSpec((rows, col_cuts * spec.shape[1]), spec.dtype)
+            for key, spec in self.factors.buffers((rows, self.rank)).items()
+        }
+        right = self.factors.buffers((row_cuts * self.rank, cols))
+        return {**_named("left", left), **_named("right", right), **self.residual.whole(shape)}
+
+    def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
+        raise NotImplementedError(f"{self.name} is not row-wise")
+
+    def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        left, right = _named_so("left", buffers), _named_so("right", buffers)
+        start = _directions(self.factors.decode(right, values.shape[-1]))  # [..., rank, cols]
+        p = _orthonormal(_product(values, start.mT))
+        r = _product(p.mT, values)
+        self.factors.encode(p, left)
+        self.factors.encode(r, right)
+        low = self._low(buffers, values.shape[-1]) if self.compensated else _product(p, r)
+        self.residual.encode(values - low, buffers)
+
+    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
+        return self.residual.decode(buffers, cols).add_(self._low(buffers, cols))
+
+    def _low(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
+        """The low-rank part as stored."""
+        left = self.factors.decode(_named_so("left", buffers), self.rank)
+        return _product(left, self.factors.decode(_named_so("right", buffers), cols))
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A codec of matrices for a run of a flattened matrix, ``[1, length]``: folded at the width of the matrix.
+
+    Where the run starts inside a row, the columns are turned by as much, which leaves low rank low, within a factor of
+    two, and no column of the fold mixes columns of the matrix.
+    """
+
+    codec: Codec
+    width: int
+    row_wise: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.codec.name
+
+    def buffers(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
+        *stack, _, length = shape
+        return self.codec.buffers((*stack, -(-length // self.width), self.width))
+
+    def whole(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
+        return self.buffers(shape)  # what a run is a part of, only its engine knows
+
+    def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
+        raise NotImplementedError(f"{self.name} is not row-wise")
+
+    def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        missing = -values.shape[-1] % self.width
+        folded = torch.nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, self.width)).flatten(-3, -2)
+        self.codec.encode(folded, buffers)
+
+    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
+        folded = self.codec.decode(buffers, self.width)
+        return folded.flatten(-2)[..., :cols].unsqueeze(-2).contiguous()
+
+
+def rank_of(share: float, rows: int, cols: int) -> int:
+    """The rank at which both factors of a matrix of [rows, cols] have ``share`` times as many elements as it."""
+    return max(1, int(share * rows * cols / max(rows + cols, 1) + 1e-6))
+
+
+def _directions(right: Tensor) -> Tensor:
+    """The rows of a right factor, [..., rank, cols], divided by their norms; where there is none yet, or none any
+    longer, waves of frequencies of their own, the same on every rank and at every start."""
+    rank, cols = right.shape[-2:]
+    norm = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
+    index = [torch.arange(1, n + 1, dtype=torch.float32, device=right.device) for n in (rank, cols)]
+    waves = torch.cos(index[0].sqrt().unsqueeze(1) * index[1]).mul_((2 / cols) ** 0.5)
+    return torch.where(norm < _SMALLEST_NORM, waves, right / norm.clamp(min=_SMALLEST_NORM))
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """Columns that span what those of ``vectors`` span, [..., rows, rank], fp32; by Newton-Schulz, which is products
+    alone, and leaves columns that are zero, or more than there are rows, without complaint."""
+    norm = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True).clamp(min=_SMALLEST_NORM)
+    return polar_factor(vectors / norm, _ORTHONORMAL).float()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A B, fp32; on accelerators of factors rounded to bf16, whose error is below that of any 4-bit code."""
+    if a.device.type == "cpu":
+        return a @ b
+    return (a.bfloat16() @ b.bfloat16()).float()
+
+
+def _named(factor: str, specs: Mapping[str, BufferSpec]) -> dict[str, BufferSpec]:
+    return {f"{factor}_{key}": spec for key, spec in specs.items()}
+
+
+def _named_so(factor: str, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A factor's buffers, by the names that its own codec has for them."""
+    prefix = f"{factor}_"
+    return {key.removeprefix(prefix): buffer for key, buffer in buffers.items() if key.startswith(prefix)}
