@@ -5,14 +5,19 @@ This is the accumulate phase of low-rank codecs; ``MuonParameter.accumulate`` is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from muon_dist import kernels
 from muon_dist.codecs import Codec
+from muon_dist.codecs.lowrank import Folded, LowRank
 from muon_dist.wire import WireFormat
+
+if kernels.HAS_TRITON:
+    from muon_dist.kernels.lowrank import Pieces
 
 # Elements stacked at a time: bounds each fp32 temporary at 64 MiB, unless one piece is larger.
 _STACK_ELEMENTS = 1 << 24
@@ -46,12 +51,44 @@ class AccumulateStacks:
 
 def accumulate_pieces(codec: Codec, members: Sequence[Member], wire: WireFormat, beta: float, nesterov: bool) -> None:
     """Takes gradients into momenta of one shape and packs what is to be orthogonalised."""
+    if kernels.usable_on(members[0].packed.device) and _accumulate_fused(codec, members, wire, beta, nesterov):
+        return
     g = torch.stack([member.gradient for member in members]).float()
-    stacked = {name: torch.stack([m.buffers[name] for m in members]) for name in members[0].buffers}
+    stacked = _stacked(members)
     momentum = codec.decode(stacked, g.shape[-1]).lerp_(g, 1 - beta)
     codec.encode(momentum, stacked)
-    for name, buffer in stacked.items():
-        torch._foreach_copy_([member.buffers[name] for member in members], list(buffer.unbind()))
+    _put_back(stacked, members)
     packed = g.lerp_(momentum, beta) if nesterov else momentum
     for matrix, member in zip(packed, members, strict=True):
         wire.pack(matrix.unsqueeze(0), member.packed.unsqueeze(0))
+
+
+def _accumulate_fused(codec: Codec, members: Sequence[Member], wire: WireFormat, beta: float, nesterov: bool) -> bool:
+    """The same by kernels, for a row-wise rest of a low-rank part; whether they took it."""
+    shape = members[0].gradient.shape
+    gradients = [member.gradient for member in members]
+    if isinstance(codec, Folded) and shape.numel() % codec.width == 0:
+        gradients = [gradient.view(-1, codec.width) for gradient in gradients]
+        codec = codec.codec
+    if not isinstance(codec, LowRank) or not codec.residual.row_wise:
+        return False
+    rests = [codec.residual.for_kernels(member.buffers) for member in members]
+    pieces = Pieces.of(gradients, rests, [wire.for_kernels(member.packed, *shape) for member in members])
+    if pieces is None:
+        return False
+    factors = _stacked(members, codec.factor_buffers)
+    low = codec.low(factors, gradients[0].shape[-1])
+    momentum = pieces.accumulate(low, beta, nesterov)
+    pieces.store(low, codec.follow(momentum, factors), beta)
+    _put_back(factors, members)
+    return True
+
+
+def _stacked(members: Sequence[Member], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The members' buffers of these names, or all, one member behind the other."""
+    return {name: torch.stack([m.buffers[name] for m in members]) for name in names or members[0].buffers}
+
+
+def _put_back(stacked: Mapping[str, Tensor], members: Sequence[Member]) -> None:
+    for name, buffer in stacked.items():
+        torch._foreach_copy_([member.buffers[name] for member in members], list(buffer.unbind()))

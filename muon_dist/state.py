@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from muon_dist.codecs import Codec, make_codec, make_low_rank_codec
+from muon_dist.codecs import Codec, make_codec, make_low_rank_codec, nbytes
 from muon_dist.layout import Extent
 from muon_dist.options import Options
 from muon_dist.sharding import Home, Placements, block_of, extent_of, local, wrap_local
@@ -100,7 +100,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Bytes on this rank."""
-        return sum(math.prod(s.shape) * s.dtype.itemsize for s in self.codec.buffers(self.layout.local_shape).values())
+        return nbytes(self.codec, self.layout.local_shape)
 
     def decode(self, state: MutableMapping[str, Any]) -> Tensor:
         """This rank's part, fp32, of ``layout.local_shape``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from muon_dist.codecs import Codec, make_codec
+from muon_dist.codecs.block4 import LEVELS
 from muon_dist.codecs.blocks import SMALLEST_SCALE
 from muon_dist.codecs.dynamic8 import dynamic_map
 from muon_dist.options import RowWiseState
@@ -84,7 +85,25 @@ def test_dynamic8_takes_the_nearest_level(signed: bool, shape: tuple[int, int], 
     assert (chosen <= nearest + 0.004).all()
 
 
-@pytest.mark.parametrize("name", ["linear8", "dynamic8"])
+@pytest.mark.parametrize("name", ["int4", "nf4"])
+@given(shape=shapes, block=blocks, seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_four_bits_take_the_nearest_level(
+    name: Literal["int4", "nf4"], shape: tuple[int, int], block: int, seed: int
+) -> None:
+    codec, values = make_codec(name, block), matrix(shape, seed)
+    buffers = stored(codec, values)
+    assert sum(buffer.nbytes for buffer in buffers.values()) == shape[0] * (
+        -(-shape[1] // 2) + 2 * -(-shape[1] // block)
+    )
+    scales = buffers["scales"].float().repeat_interleave(block, 1)[:, : shape[1]]
+    fractions = torch.where(scales == 0, 0, values / scales)
+    nearest = (fractions.unsqueeze(-1) - torch.tensor(LEVELS[name])).abs().amin(-1)
+    chosen = torch.where(scales == 0, 0, codec.decode(buffers, shape[1]) / scales - fractions).abs()
+    assert (chosen <= nearest + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", ["linear8", "dynamic8", "int4", "nf4"])
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

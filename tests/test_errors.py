@@ -33,6 +33,7 @@ def matrix() -> nn.Parameter:
         ({"polar_form": "fast"}, r"polar_form='fast'.*'gram'"),
         ({"polar_dtype": torch.int8}, r"polar_dtype=torch.int8"),
         ({"block_size": 0}, r"block_size=0.*positive"),
+        ({"rank_fraction": 2}, r"rank_fraction=2.*at most 1"),
         ({"chunk_bytes": -1}, r"chunk_bytes=-1.*positive"),
         ({"nonfinite": "ignore"}, r"nonfinite='ignore'.*'raise'"),
         ({"lr": -0.1}, r"lr=-0.1"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -21,8 +24,9 @@ LOW_RANK_CODECS = get_args(LowRankState)
 
 # Of the shorter side of a matrix, as in the paper.
 _GRASP_RANK = 1 / 16
-# Elements of lowrank4's factors for each of the matrix. With half a byte and a 64th for scales each, that makes 0.645
-# bytes an element.
+# What lowrank4 may cost, in bytes an element: its rank is what fits. (Half a byte of codes and a 64th of scales for the
+# rest leave a quarter as many elements for the factors.)
+_LOWRANK_BYTES = 0.65
 _LOWRANK_SHARE = 1 / 4
 
 
@@ -69,7 +73,14 @@ def make_low_rank_codec(name: LowRankState, block: int, extent: Extent, rank_fra
         share = rank_fraction * (1 + short / long) if rank_fraction else _LOWRANK_SHARE
         parts = Block4("lloyd4", block)
         codec = LowRank(name, rank_of(share, rows, cols), extent.cuts, parts, parts, compensated=True)
+        while rank_fraction is None and codec.rank > 1 and nbytes(codec, extent.part) > _LOWRANK_BYTES * rows * cols:
+            codec = replace(codec, rank=codec.rank - 1)
     return Folded(codec, cols) if extent.run else codec
 
 
-__all__ = ["CODECS", "LOW_RANK_CODECS", "BufferSpec", "Codec", "make_codec", "make_low_rank_codec"]
+def nbytes(codec: Codec, shape: Sequence[int]) -> int:
+    """Bytes that a state, or a part of one, of ``shape`` is stored in."""
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in codec.buffers(shape).values())
+
+
+__all__ = ["CODECS", "LOW_RANK_CODECS", "BufferSpec", "Codec", "make_codec", "make_low_rank_codec", "nbytes"]

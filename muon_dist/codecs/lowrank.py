@@ -59,6 +59,12 @@ class LowRank:
         right = self.factors.buffers((*stack, self.rank, cols))
         return {**_named("left", left), **_named("right", right), **self.residual.buffers(shape)}
 
+    @property
+    def factor_buffers(self) -> list[str]:
+        """The names of the factors' buffers."""
+        specs = self.factors.buffers((0, 0))
+        return [*_named("left", specs), *_named("right", specs)]
+
     def whole(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
         rows, cols = shape
         row_cuts, col_cuts = self.cuts
@@ -73,22 +79,25 @@ class LowRank:
         raise NotImplementedError(f"{self.name} is not row-wise")
 
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        self.residual.encode(values - self.follow(values, buffers), buffers)
+
+    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
+        return self.residual.decode(buffers, cols).add_(self.low(buffers, cols))
+
+    def low(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
+        """The low-rank part as stored, ``[..., rows, cols]``; bf16 on accelerators, fp32 on CPU."""
+        left = self.factors.decode(_named_so("left", buffers), self.rank)
+        return _product(left, self.factors.decode(_named_so("right", buffers), cols))
+
+    def follow(self, values: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        """Stores the factors of ``values``, fp32 or bf16; returns the part that the rest is the rest of, as ``low``."""
         left, right = _named_so("left", buffers), _named_so("right", buffers)
         start = _directions(self.factors.decode(right, values.shape[-1]))  # [..., rank, cols]
         p = _orthonormal(_product(values, start.mT))
         r = _product(p.mT, values)
         self.factors.encode(p, left)
         self.factors.encode(r, right)
-        low = self._low(buffers, values.shape[-1]) if self.compensated else _product(p, r)
-        self.residual.encode(values - low, buffers)
-
-    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
-        return self.residual.decode(buffers, cols).add_(self._low(buffers, cols))
-
-    def _low(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
-        """The low-rank part as stored."""
-        left = self.factors.decode(_named_so("left", buffers), self.rank)
-        return _product(left, self.factors.decode(_named_so("right", buffers), cols))
+        return self.low(buffers, values.shape[-1]) if self.compensated else _product(p, r)
 
 
 @dataclass(frozen=True)
@@ -143,17 +152,15 @@ def _directions(right: Tensor) -> Tensor:
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
-    """Columns that span what those of ``vectors`` span, [..., rows, rank], fp32; by Newton-Schulz, which is products
-    alone, and leaves columns that are zero, or more than there are rows, without complaint."""
-    norm = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True).clamp(min=_SMALLEST_NORM)
-    return polar_factor(vectors / norm, _ORTHONORMAL).float()
+    """Columns that span what those of ``vectors`` span, [..., rows, rank]; by Newton-Schulz, which is products alone,
+    and takes columns that are zero, or more than there are rows, without complaint."""
+    norm = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True, dtype=torch.float32).clamp(min=_SMALLEST_NORM)
+    return polar_factor(vectors / norm, _ORTHONORMAL)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A B, fp32; on accelerators of factors rounded to bf16, whose error is below that of any 4-bit code."""
-    if a.device.type == "cpu":
-        return a @ b
-    return (a.bfloat16() @ b.bfloat16()).float()
+    """A B. On accelerators in bf16, whose rounding is far below a 4-bit code's; fp32 on CPU."""
+    return a.float() @ b.float() if a.device.type == "cpu" else a.bfloat16() @ b.bfloat16()
 
 
 def _named(factor: str, specs: Mapping[str, BufferSpec]) -> dict[str, BufferSpec]:

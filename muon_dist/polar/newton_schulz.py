@@ -63,6 +63,8 @@ def polar_factor(
     result = out.view(-1, rows, cols)
     turns = (torch.empty_like(result), result)
     current, other = turns if products % 2 else turns[::-1]
+    if matrices.stride()[-2:] != (cols, 1):  # cut out of a larger matrix, or a transpose
+        matrices = matrices.contiguous()
     normalised(matrices.reshape(-1, rows, cols), schedule.margin, out=current)
     if rows > cols:
         current, other = current.mT, other.mT  # [n, s, l] with s <= l from here on; the memory stays as it is

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from muon_dist import DistMuon, kernels
-from muon_dist.codecs import CODECS
+from muon_dist.codecs import CODECS, LOW_RANK_CODECS
 
 pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="triton is not installed")
 
@@ -65,6 +65,8 @@ def require_equal(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tolera
 @pytest.mark.parametrize("block_size", [128, 50])
 def test_accumulate_and_apply(momentum_state: str, wire: str, block_size: int) -> None:
     tolerance = EXACT if momentum_state == wire == "fp32" else ROUNDED
+    if momentum_state in LOW_RANK_CODECS:  # rounding turns subspaces a little, and the rest makes up for it
+        tolerance = 0.03
     require_equal(
         SHAPES,
         torch.float32,
