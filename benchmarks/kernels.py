@@ -12,13 +12,17 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from muon_dist.codecs import CODECS, Codec, make_codec
+from muon_dist.codecs import Codec, make_codec, make_low_rank_codec
+from muon_dist.codecs.lowrank import LowRank
 from muon_dist.kernels import adamw, batches
+from muon_dist.kernels.lowrank import Pieces
+from muon_dist.layout import Extent
+from muon_dist.options import RowWiseState
 from muon_dist.wire import wire_format
 
 SHAPE = (8192, 8192)
@@ -74,6 +78,25 @@ def accumulating(state: str, dtype: torch.dtype) -> tuple[float, int]:
     return milliseconds(run), moved
 
 
+def low_rank_pass(first: bool) -> tuple[float, int]:
+    """The element-wise passes over momenta in lowrank4; the products between them are cuBLAS's."""
+    wire, codec = wire_format("bf16"), make_low_rank_codec("lowrank4", 128, Extent(SHAPE, SHAPE))
+    assert isinstance(codec, LowRank)
+    gradients = [torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(PIECES)]
+    rests = [stored(codec.residual) for _ in range(PIECES)]
+    packed = [torch.empty(wire.nbytes(*SHAPE), dtype=torch.uint8, device="cuda") for _ in range(PIECES)]
+    low = torch.randn((PIECES, *SHAPE), device="cuda", dtype=torch.bfloat16)
+    encoded = [codec.residual.for_kernels(rest) for rest in rests]
+    pieces = Pieces.of(gradients, encoded, [wire.for_kernels(p, *SHAPE) for p in packed])
+    assert pieces is not None
+    read = sum(g.nbytes + nbytes(r) for g, r in zip(gradients, rests, strict=True)) + low.nbytes
+    if first:
+        return milliseconds(lambda: pieces.accumulate(low, 0.95, True)), read + low.nbytes + sum(
+            p.nbytes for p in packed
+        )
+    return milliseconds(lambda: pieces.store(low, low, 0.95)), read + sum(nbytes(rest) for rest in rests)
+
+
 def applying(dtype: torch.dtype) -> tuple[float, int]:
     wire = wire_format("bf16").back
     weights = [torch.randn(SHAPE, device="cuda", dtype=dtype) for _ in range(PIECES)]
@@ -113,10 +136,12 @@ def main() -> None:
     arguments = parser.parse_args()
     bf16, fp32 = torch.bfloat16, torch.float32
     runs: dict[str, Callable[[], tuple[float, int]]] = {"copy": copying}
-    for state in CODECS:
+    for state in get_args(RowWiseState):
         runs[f"accumulate, {state}, bf16 gradients"] = lambda state=state: accumulating(state, bf16)  # type: ignore[misc]
     runs |= {
         "accumulate, linear8, fp32 gradients": lambda: accumulating("linear8", fp32),
+        "lowrank4, before its factors follow": lambda: low_rank_pass(first=True),
+        "lowrank4, after": lambda: low_rank_pass(first=False),
         "apply, bf16 weights": lambda: applying(bf16),
         "apply, fp32 weights": lambda: applying(fp32),
         "AdamW, fp32 weights and states": lambda: adamw_step("fp32", fp32),

@@ -57,6 +57,9 @@ OPTIMIZERS: dict[str, Callable[[list[tuple[str, nn.Parameter]]], list[torch.opti
     "torch.optim.Muon + AdamW fused": torch_muon,
     "DistMuon fp32": dist_muon(momentum_state="fp32"),
     "DistMuon linear8": dist_muon(momentum_state="linear8"),
+    "DistMuon lowrank4": dist_muon(momentum_state="lowrank4"),
+    "DistMuon grasp4": dist_muon(momentum_state="grasp4"),
+    "DistMuon nf4": dist_muon(momentum_state="nf4"),
     "DistMuon linear8, AdamW dynamic8": dist_muon(momentum_state="linear8", adamw_state="dynamic8"),
 }
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from muon_dist.options import DEFAULT_BLOCK_SIZE, MomentumState, Polar, Wire
 
 EngineName = Literal["fsdp2", "ddp", "deepspeed", "single"]
-ModelName = Literal["nano", "tiny", "small", "85m", "300m", "1b"]
+ModelName = Literal["nano", "tiny", "small", "65m", "85m", "300m", "1b"]
 OptimizerName = Literal["dist_muon", "adamw", "torch_muon"]
 DtypeName = Literal["fp32", "bf16"]
 
@@ -45,7 +45,9 @@ class TrainConfig:
         OptimizerName, "which optimizer; all three split the parameters alike (deepspeed: its file says)"
     ] = "dist_muon"
     momentum_state: Annotated[MomentumState, "how dist_muon stores its momentum"] = "linear8"
-    block_size: Annotated[int, "elements of a row that share a scale in the 8-bit states"] = DEFAULT_BLOCK_SIZE
+    block_size: Annotated[int, "elements of a row that share a scale in the 8-bit and 4-bit states"] = (
+        DEFAULT_BLOCK_SIZE
+    )
     polar: Annotated[Polar, "coefficients of dist_muon's Newton-Schulz iteration"] = "polar_express"
     wire: Annotated[Wire, "how dist_muon's matrices travel"] = "bf16"
     lr: Annotated[float, "peak learning rate of the matrices that Muon updates"] = 2e-2

@@ -27,6 +27,7 @@ PRESETS: dict[ModelName, Preset] = {
     "nano": Preset(hidden_size=32, intermediate_size=88, layers=2, heads=2, key_value_heads=1),  # 36 k; for tests
     "tiny": Preset(hidden_size=256, intermediate_size=688, layers=2, heads=4, key_value_heads=4),  # 1.7 M; quickstart
     "small": Preset(hidden_size=512, intermediate_size=1408, layers=6, heads=8, key_value_heads=8),  # 20 M
+    "65m": Preset(hidden_size=1024, intermediate_size=2816, layers=5, heads=16, key_value_heads=16),
     "85m": Preset(hidden_size=768, intermediate_size=2048, layers=12, heads=12, key_value_heads=12),
     "300m": Preset(hidden_size=1024, intermediate_size=2816, layers=24, heads=16, key_value_heads=16),
     "1b": Preset(hidden_size=2048, intermediate_size=5632, layers=22, heads=32, key_value_heads=4),  # TinyLlama's
@@ -35,7 +36,10 @@ PRESETS: dict[ModelName, Preset] = {
 
 def build_model(name: ModelName, sequence_length: int, device: torch.device, seed: int) -> LlamaForCausalLM:
     """The same weights on every rank: engines shard them without a broadcast."""
-    preset = PRESETS[name]
+    return build_llama(PRESETS[name], sequence_length, device, seed)
+
+
+def build_llama(preset: Preset, sequence_length: int, device: torch.device, seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=BYTE_VOCABULARY,
         hidden_size=preset.hidden_size,
