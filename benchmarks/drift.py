@@ -17,48 +17,78 @@ Source of the probe: recurrent requantisation of one gradient sequence, as in ar
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from muon_dist import DistMuon
-from muon_dist.codecs import Codec, make_codec
+from muon_dist.codecs import Codec, make_codec, make_low_rank_codec, nbytes
 from muon_dist.launch.config import TrainConfig
 from muon_dist.launch.data import Batches, load_text
 from muon_dist.launch.environment import read_environment
 from muon_dist.launch.models import build_model
+from muon_dist.layout import Extent
+from muon_dist.options import DEFAULT_BLOCK_SIZE, LowRankState, RowWiseState
 from muon_dist.polar import polar_factor, schedule
 
 MOMENTUM = 0.95
-CODECS: dict[str, Codec] = {"bf16": make_codec("bf16")} | {
-    f"{name} block {block}": make_codec(name, block)  # type: ignore[arg-type] # the names are literals
-    for name in ("linear8", "dynamic8")
-    for block in (32, 64, 128, 256, 512, 2048)
+# Makes a codec for the largest of some row shards of a matrix: its extent.
+MakeCodec = Callable[[Extent], Codec]
+
+
+def row_wise(name: RowWiseState, block: int) -> MakeCodec:
+    return lambda extent: make_codec(name, block)
+
+
+def low_rank(name: LowRankState, rank_fraction: float | None = None) -> MakeCodec:
+    return lambda extent: make_low_rank_codec(name, DEFAULT_BLOCK_SIZE, extent, rank_fraction)
+
+
+EIGHT_BITS: tuple[RowWiseState, ...] = ("linear8", "dynamic8")
+FOUR_BITS: tuple[RowWiseState, ...] = ("int4", "nf4")
+# By label: the codec, and the number of row shards that are stored apart.
+CODECS: dict[str, tuple[MakeCodec, int]] = {
+    "bf16": (row_wise("bf16", 1), 1),
+    **{f"{name}, block {block}": (row_wise(name, block), 1) for name in EIGHT_BITS for block in (32, 128, 2048)},
+    **{f"{name}, block {block}": (row_wise(name, block), 1) for name in FOUR_BITS for block in (64, 128)},
+    "grasp4": (low_rank("grasp4"), 1),
+    "grasp4, 4 shards": (low_rank("grasp4"), 4),
+    "lowrank4, rank 1/16": (low_rank("lowrank4", 1 / 16), 1),
+    "lowrank4": (low_rank("lowrank4"), 1),
+    "lowrank4, 4 shards": (low_rank("lowrank4"), 4),
 }
 
 
 class Stored:
-    """A momentum that is decoded, updated and encoded at every step."""
+    """A momentum that is decoded, updated and encoded at every step, shard by shard."""
 
-    def __init__(self, codec: Codec, like: Tensor) -> None:
-        specs = codec.buffers(like.shape)
-        self.codec = codec
-        self.buffers = {name: torch.zeros(s.shape, dtype=s.dtype, device=like.device) for name, s in specs.items()}
+    def __init__(self, make: MakeCodec, parts: int, like: Tensor) -> None:
+        shards = like.chunk(parts)
+        self.codec = make(Extent((like.shape[0], like.shape[1]), (shards[0].shape[0], like.shape[1]), (parts, 1)))
+        self.buffers = [
+            {name: torch.zeros(s.shape, dtype=s.dtype, device=like.device) for name, s in specs.items()}
+            for specs in (self.codec.buffers(shard.shape) for shard in shards)
+        ]
+        self.bytes_per_element = sum(nbytes(self.codec, shard.shape) for shard in shards) / like.numel()
+
+    def decoded(self, cols: int) -> Tensor:
+        return torch.cat([self.codec.decode(buffers, cols) for buffers in self.buffers])
+
+    def store(self, momentum: Tensor) -> None:
+        for shard, buffers in zip(momentum.chunk(len(self.buffers)), self.buffers, strict=True):
+            self.codec.encode(shard, buffers)
 
     def update(self, gradient: Tensor) -> Tensor:
         """Returns the momentum as it was before it was stored."""
-        momentum = self.codec.decode(self.buffers, gradient.shape[-1]).lerp_(gradient, 1 - MOMENTUM)
-        self.codec.encode(momentum, self.buffers)
+        momentum = self.decoded(gradient.shape[-1]).lerp_(gradient, 1 - MOMENTUM)
+        self.store(momentum)
         return momentum
-
-    @property
-    def bytes_per_element(self) -> float:
-        sizes = [buffer.nbytes for buffer in self.buffers.values()]
-        return sum(sizes) / max(buffer.numel() for buffer in self.buffers.values())
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -75,7 +105,7 @@ def probe(model_name: str, steps: int) -> dict[str, dict[str, float]]:
     )
     watched = [p for p in model.model.layers[-1].parameters() if p.ndim == 2]
     exact = [torch.zeros_like(p) for p in watched]
-    stored = {name: [Stored(codec, p) for p in watched] for name, codec in CODECS.items()}
+    stored = {name: [Stored(make, parts, p) for p in watched] for name, (make, parts) in CODECS.items()}
     polar = schedule("polar_express", 5)
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for step in range(1, steps + 1):
@@ -90,12 +120,10 @@ def probe(model_name: str, steps: int) -> dict[str, dict[str, float]]:
             for name, momenta in stored.items():
                 momentum = momenta[i].update(gradient)
                 if direction is not None:
-                    once = Stored(momenta[i].codec, p)
-                    once.codec.encode(exact[i], once.buffers)
+                    once = copy.deepcopy(momenta[i])  # low-rank codecs start from where they are
+                    once.store(exact[i])
                     theirs = polar_factor(momentum, polar)
-                    figures[name]["one step"].append(
-                        relative_error(once.codec.decode(once.buffers, p.shape[-1]), exact[i])
-                    )
+                    figures[name]["one step"].append(relative_error(once.decoded(p.shape[-1]), exact[i]))
                     figures[name]["drift"].append(relative_error(momentum, exact[i]))
                     cosine = torch.nn.functional.cosine_similarity(theirs.flatten(), direction.flatten(), dim=0)
                     figures[name]["cosine"].append(float(cosine))

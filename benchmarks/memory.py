@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--gib 40] [--out memory.json]
 
-Trains Llamas of the "1b" preset's width for two steps: fp32 weights and gradients, bf16 arithmetic, one sequence of 512.
-"peak" is the most memory that is allocated with the preset's own 22 layers. "fits" is the largest number of layers that
-trains within ``--gib``: found by training it, and one layer more, which does not.
+Trains Llamas of the "1b" preset's width for two steps: fp32 weights and gradients, bf16 arithmetic, one sequence of
+512 bytes. "peak" is the most memory that is allocated with the preset's own 22 layers. "fits" is the largest number of
+layers that trains within ``--gib``: found by training it, and one layer more, which does not.
 """
 
 from __future__ import annotations
@@ -125,10 +125,8 @@ def main() -> None:
     print(f"\nLlamas of 2048 columns, one {machine['device']}, torch {machine['torch']}\n")
     print(f"{'optimizer':<26}{'state':>11}{'peak, 1b':>12}{f'fits in {given.gib:g} GiB':>20}")
     for name, f in figures.items():
-        print(
-            f"{name:<26}{f['state'] / 2**30:>7.2f} GiB{f['peak'] / 2**30:>8.2f} GiB{f['parameters_that_fit'] / 1e9:>15.2f} B, "
-            f"{f['layers']} layers"
-        )
+        fitting = f"{f['parameters_that_fit'] / 1e9:.2f} B, {f['layers']} layers"
+        print(f"{name:<26}{f['state'] / 2**30:>7.2f} GiB{f['peak'] / 2**30:>8.2f} GiB{fitting:>20}")
     if given.out:
         given.out.write_text(json.dumps({"machine": machine, "gib": given.gib, "figures": figures}, indent=2) + "\n")
 

@@ -19,8 +19,8 @@ from muon_dist.wire import WireFormat
 if kernels.HAS_TRITON:
     from muon_dist.kernels.lowrank import Pieces
 
-# Elements stacked at a time: bounds each fp32 temporary at 64 MiB, unless one piece is larger.
-_STACK_ELEMENTS = 1 << 24
+# Elements stacked at a time: bounds each temporary at 64 MiB in bf16, as kernels have them, unless one piece is larger.
+_STACK_ELEMENTS = 1 << 25
 
 
 class Member(NamedTuple):
@@ -70,7 +70,7 @@ def _accumulate_fused(codec: Codec, members: Sequence[Member], wire: WireFormat,
     if isinstance(codec, Folded) and shape.numel() % codec.width == 0:
         gradients = [gradient.view(-1, codec.width) for gradient in gradients]
         codec = codec.codec
-    if not isinstance(codec, LowRank) or not codec.residual.row_wise:
+    if not isinstance(codec, LowRank) or not codec.compensated or not codec.residual.row_wise:
         return False
     rests = [codec.residual.for_kernels(member.buffers) for member in members]
     pieces = Pieces.of(gradients, rests, [wire.for_kernels(member.packed, *shape) for member in members])
@@ -78,8 +78,8 @@ def _accumulate_fused(codec: Codec, members: Sequence[Member], wire: WireFormat,
         return False
     factors = _stacked(members, codec.factor_buffers)
     low = codec.low(factors, gradients[0].shape[-1])
-    momentum = pieces.accumulate(low, beta, nesterov)
-    pieces.store(low, codec.follow(momentum, factors), beta)
+    codec.follow(pieces.accumulate(low, beta, nesterov), factors)
+    pieces.store(low, codec.low(factors, gradients[0].shape[-1]), beta)
     _put_back(factors, members)
     return True
 

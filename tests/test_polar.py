@@ -92,3 +92,16 @@ def test_steps_beyond_a_table_are_refused_where_it_ends() -> None:
     assert len(schedule("jordan", 12).coefficients) == 12
     with pytest.raises(ValueError, match=r"polar_steps=6.*'cans' has 5"):
         schedule("cans", 6)
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize("rank", [1, 24, 48])
+def test_many_iterations_leave_what_is_missing_alone(form: PolarForm, rank: int) -> None:
+    """In fp16 rounding makes small eigenvalues of either sign of those that are zero; they must not grow."""
+    torch.manual_seed(0)
+    deficient = torch.randn(96, rank) / torch.arange(1, rank + 1) @ torch.randn(rank, 48)
+    found = polar_factor(deficient, schedule("polar_express", 8), form=form, dtype=torch.float16).float()
+    singular = torch.linalg.svdvals(found)
+    assert ((singular - 1).abs() < 0.02)[:rank].sum() >= min(rank, 24)
+    assert float(singular.max()) < 1.02
+    assert float(singular[rank:].norm()) < 0.5 * rank**0.5 + 1

@@ -14,7 +14,7 @@ from muon_dist.codecs.dynamic8 import Dynamic8
 from muon_dist.codecs.full import Full
 from muon_dist.codecs.grid4 import Grid4
 from muon_dist.codecs.linear8 import Linear8
-from muon_dist.codecs.lowrank import Folded, LowRank, rank_of
+from muon_dist.codecs.lowrank import Folded, LowRank, aligned_rank, rank_of
 from muon_dist.codecs.protocol import BufferSpec, Codec
 from muon_dist.layout import Extent
 from muon_dist.options import DEFAULT_BLOCK_SIZE, LowRankState, MomentumState, RowWiseState
@@ -74,7 +74,7 @@ def make_low_rank_codec(name: LowRankState, block: int, extent: Extent, rank_fra
         parts = Block4("lloyd4", block)
         codec = LowRank(name, rank_of(share, rows, cols), extent.cuts, parts, parts, compensated=True)
         while rank_fraction is None and codec.rank > 1 and nbytes(codec, extent.part) > _LOWRANK_BYTES * rows * cols:
-            codec = replace(codec, rank=codec.rank - 1)
+            codec = replace(codec, rank=aligned_rank(codec.rank - 1))
     return Folded(codec, cols) if extent.run else codec
 
 

@@ -4,7 +4,7 @@ For M = U S V^T the polar factor is U V^T: M with all its singular values set to
 polynomials to the singular values; they differ in what they multiply. With s <= l the sides of the matrix:
 
 - standard form: each iteration multiplies the whole [s, l] matrix; 3 s^2 l + s^3 FLOPs an iteration.
-- Gram form: iterates on the [s, s] Gram matrix and multiplies the whole matrix only once before the restart and once
+- Gram form: iterates on the [s, s] Gram matrix and multiplies the whole matrix only once before each restart and once
   at the end; cheaper from about l = 2 s on. Source: Gram Newton-Schulz,
   https://github.com/Dao-AILab/gram-newton-schulz.
 
@@ -24,8 +24,10 @@ from muon_dist.polar.products import normalised, symmetric_product, times_symmet
 
 # From this ratio of the sides on, the Gram form needs fewer FLOPs.
 GRAM_FROM_ASPECT = 2.0
-# The Gram matrix is formed anew after this many iterations.
-RESTART_AFTER = 2
+# The Gram matrix is formed anew after the first two iterations, and then after every third. What rounding makes of
+# singular values that are zero are small eigenvalues of either sign, and each iteration multiplies them by up to 16: in
+# fp16, three leave them below one.
+FIRST_SEGMENT, LATER_SEGMENTS = 2, 3
 
 
 def polar_factor(
@@ -58,7 +60,9 @@ def polar_factor(
     if form == "auto":
         form = "gram" if max(rows, cols) >= GRAM_FROM_ASPECT * min(rows, cols) else "standard"
     steps = len(schedule.coefficients)
-    iterate, products = (_gram_form, 1 + (steps > RESTART_AFTER)) if form == "gram" else (_standard_form, steps)
+    iterate, products = (
+        (_gram_form, len(_segments(schedule.coefficients))) if form == "gram" else (_standard_form, steps)
+    )
     # Two memories take turns with each product of a whole matrix; start with the one that makes the last end in out.
     result = out.view(-1, rows, cols)
     turns = (torch.empty_like(result), result)
@@ -89,9 +93,7 @@ def _gram_form(current: Tensor, other: Tensor, coefficients: tuple[Triple, ...])
 
     Q, P and the Gram matrix R are polynomials of the same symmetric matrix: they commute and stay symmetric.
     """
-    for segment in (coefficients[:RESTART_AFTER], coefficients[RESTART_AFTER:]):
-        if not segment:
-            continue
+    for segment in _segments(coefficients):
         r = symmetric_product(current, current)
         q = p = _iteration(r, segment[0])
         for triple in segment[1:]:
@@ -103,6 +105,12 @@ def _gram_form(current: Tensor, other: Tensor, coefficients: tuple[Triple, ...])
             q = symmetric_product(q, p)
         del r, p
         current, other = times_symmetric(q, current, out=other), current
+
+
+def _segments(coefficients: tuple[Triple, ...]) -> list[tuple[Triple, ...]]:
+    """The iterations between which the Gram matrix is formed anew."""
+    later = range(FIRST_SEGMENT, len(coefficients), LATER_SEGMENTS)
+    return [coefficients[:FIRST_SEGMENT], *(coefficients[i : i + LATER_SEGMENTS] for i in later)]
 
 
 def _iteration(gram: Tensor, triple: Triple) -> Tensor:
