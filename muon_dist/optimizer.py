@@ -25,7 +25,6 @@ from torch.optim.optimizer import ParamsT
 
 from muon_dist.agreement import require_finite, require_same
 from muon_dist.binding import Binding, Signature, bind, named, signature, tensor_shards
-from muon_dist.checkpoint import require_matching, require_same_members
 from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
 from muon_dist.muon import MuonWork
@@ -47,6 +46,7 @@ from muon_dist.plan import Plan, make_plan
 from muon_dist.polar import schedule
 from muon_dist.sharding import local
 from muon_dist.shards import Shard
+from muon_dist.state_dict import require_matching, require_same_members
 from muon_dist.wire import wire_format
 
 
@@ -165,9 +165,20 @@ class DistMuon(torch.optim.Optimizer):
             super().add_param_group(group)
         self._grouping.extend(grouping)
 
+    def bound(self) -> Binding:
+        """The parameters as they are now, with their state, found to be alike on all ranks. Collective."""
+        binding = self._bind()
+        self._connect(binding)
+        return binding
+
     def grouping(self) -> Grouping:
         """Which parameter goes where, and why; ``print`` it for a table."""
         return self._grouping
+
+    @property
+    def options(self) -> Options:
+        """What holds for all groups."""
+        return self._options
 
     @property
     def plans(self) -> list[Plan]:
@@ -236,10 +247,11 @@ class DistMuon(torch.optim.Optimizer):
 
     def _shards(self) -> Iterator[Shard]:
         """The trainable parameters as they are now. Integrations override it for engines with buffers of their own."""
-        return tensor_shards(named(self.param_groups), self.state, self._replicas())
+        return tensor_shards(named(self.param_groups), self.state, self.process_group)
 
-    def _replicas(self) -> dist.ProcessGroup | None:
-        """The ranks that hold plain tensors as replicas."""
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks of the job, which hold plain tensors as replicas; None for a single process."""
         if self._process_group is None and dist.is_available() and dist.is_initialized():
             return dist.group.WORLD
         return self._process_group

@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from muon_dist.codecs import Codec, make_codec
-from muon_dist.options import Options
+from muon_dist.options import MomentumState, Options
+from muon_dist.regions import Region
 from muon_dist.sharding import Home, Placements, block_of, local, wrap_local
+
+MOMENTUM, FIRST_MOMENT, SECOND_MOMENT, STEP_COUNT = "momentum_buffer", "exp_avg", "exp_avg_sq", "step"
 
 # AdamW moments of parameters with fewer elements stay in fp32: they cost nothing, and norms and biases are sensitive.
 SMALLEST_QUANTISED = 4096
@@ -30,18 +33,23 @@ class StateLayout:
 
     Attributes:
         shape: of the whole.
-        local_shape: of this rank's part.
+        region: which part of the parameter lies on this rank.
         block: elements that share a scale, for codecs that have one.
         mesh, placements: how the parts make the whole; mesh is None for a part that only this rank knows of.
         device: where the parts lie.
     """
 
     shape: tuple[int, ...]
-    local_shape: tuple[int, ...]
+    region: Region
     block: int
     mesh: DeviceMesh | None
     placements: Placements
     device: torch.device
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of this rank's part."""
+        return self.region.local_shape
 
 
 def sharded_layout(
@@ -55,21 +63,23 @@ def sharded_layout(
 ) -> StateLayout:
     """Of a state that lies on ``home.ranks[rank]`` as ``placements`` say; its blocks never cross a cut."""
     whole = tuple(shape)
-    part = home.local_shape(whole, placements, rank)
+    region = home.region(whole, placements, rank)
     block = block_of(whole, home, placements, block_size) if whole else block_size
-    return StateLayout(whole, part, block, mesh, placements, device)
+    return StateLayout(whole, region, block, mesh, placements, device)
 
 
-def flat_layout(length: int, block_size: int, device: torch.device) -> StateLayout:
-    """Of the state of a run of ``length`` elements: one row, its blocks counted from the start of the run."""
-    return StateLayout((1, length), (1, length), block_size, None, (), device)
+def flat_layout(shape: Sequence[int], start: int, length: int, block_size: int, device: torch.device) -> StateLayout:
+    """Of the state of a run of a flattened parameter of ``shape``: one row, its blocks counted from its start."""
+    region = Region(tuple(shape), (start,), (length,), flat=True)
+    return StateLayout((1, length), region, block_size, None, (), device)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """A matrix-shaped (or any-shaped) fp32 quantity that lies in ``optimizer.state[p]`` through a codec."""
 
-    key: str  # its name, such as "momentum_buffer"
+    prefix: str  # of its entries' names
+    label: str  # its own name, such as "momentum_buffer"
     codec: Codec
     layout: StateLayout
 
@@ -94,12 +104,17 @@ class StoredTensor:
         return sum(math.prod(s.shape) * s.dtype.itemsize for s in self.codec.buffers(self.layout.local_shape).values())
 
     def _entry(self, buffer: str) -> str:
-        return f"{self.key}_{buffer}" if buffer else self.key
+        return f"{self.prefix}{self.label}_{buffer}" if buffer else f"{self.prefix}{self.label}"
+
+
+def codec_of(label: str, codec: MomentumState, block: int) -> Codec:
+    """The codec called ``codec`` for the state called ``label``."""
+    return make_codec(codec, block, signed=label != SECOND_MOMENT)
 
 
 def momentum_of(layout: StateLayout, options: Options, prefix: str = "") -> StoredTensor:
     """The momentum of a matrix."""
-    return StoredTensor(f"{prefix}momentum_buffer", make_codec(options.momentum_state, layout.block), layout)
+    return StoredTensor(prefix, MOMENTUM, codec_of(MOMENTUM, options.momentum_state, layout.block), layout)
 
 
 def moments_of(
@@ -108,5 +123,14 @@ def moments_of(
     """AdamW's first and second moment of a parameter of ``shape``."""
     quantised = len(shape) >= 2 and math.prod(shape) >= SMALLEST_QUANTISED
     name = options.adamw_state if quantised else "fp32"
-    first, second = (make_codec(name, layout.block, signed=signed) for signed in (True, False))
-    return StoredTensor(f"{prefix}exp_avg", first, layout), StoredTensor(f"{prefix}exp_avg_sq", second, layout)
+    first, second = (
+        StoredTensor(prefix, label, codec_of(label, name, layout.block), layout)
+        for label in (FIRST_MOMENT, SECOND_MOMENT)
+    )
+    return first, second
+
+
+def step_count_of(device: torch.device, prefix: str = "") -> StoredTensor:
+    """AdamW's count of steps: a number that every rank has."""
+    layout = StateLayout((), Region((), (), ()), 1, None, (), device)
+    return StoredTensor(prefix, STEP_COUNT, codec_of(STEP_COUNT, "fp32", 1), layout)

@@ -31,6 +31,10 @@ class Dynamic8:
     signed: bool = True
     name: str = "dynamic8"
 
+    @property
+    def row_wise(self) -> bool:
+        return True
+
     def buffers(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
         return {
             "codes": BufferSpec(tuple(shape), torch.uint8),

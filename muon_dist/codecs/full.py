@@ -19,6 +19,10 @@ class Full:
     name: str
     dtype: torch.dtype
 
+    @property
+    def row_wise(self) -> bool:
+        return True
+
     def buffers(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
         return {"": BufferSpec(tuple(shape), self.dtype)}
 

@@ -27,6 +27,10 @@ class Linear8:
     block: int
     name: str = "linear8"
 
+    @property
+    def row_wise(self) -> bool:
+        return True
+
     def buffers(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
         return {
             "codes": BufferSpec(tuple(shape), torch.int8),

@@ -21,13 +21,17 @@ class BufferSpec(NamedTuple):
 class Codec(Protocol):
     """Stores a ``[..., cols]`` fp32 tensor in one or more buffers.
 
-    Codecs work on row blocks: a row's bytes depend on that row alone, so a state cut between rows is the
-    concatenation of the cut states. ``encode(decode(buffers))`` gives back the same buffers, bit for bit.
+    ``encode(decode(buffers))`` gives back the same buffers, bit for bit.
     """
 
     @property
     def name(self) -> str:
         """The name users choose it by."""
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether a row's bytes depend on that row alone, so that a state cut between rows is the concatenation of the
+        cut states, and every buffer's first dimensions are the state's."""
 
     def buffers(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
         """The tensors that store a state of ``shape``. A lone buffer is called ''. Buffers of zeros decode to zeros."""
