@@ -50,10 +50,10 @@ def require_none(problems: Sequence[str], group: dist.ProcessGroup | None, headi
         raise ValueError(f"{heading}:\n" + "\n".join(lines))
 
 
-def require_finite(
+def nonfinite_gradients(
     gradients: Sequence[tuple[str, Tensor]], groups: Sequence[dist.ProcessGroup], device: torch.device
-) -> None:
-    """Raises FloatingPointError on every rank if any rank's gradients hold a NaN or an infinity, naming whose.
+) -> list[str]:
+    """Whose gradients hold a NaN or an infinity on any rank: the same names on all of them, none as a rule.
 
     Costs one synchronisation of host and device, and one small all-reduce a group.
     """
@@ -64,15 +64,12 @@ def require_finite(
     for group in groups:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
     if not bad.item():
-        return
+        return []
     here = [name for (name, _), finite in zip(gradients, flags, strict=True) if not finite]
     names = set(here)
     for group in groups:
         names = names.union(*gathered(names, group))
-    raise FloatingPointError(
-        f"the gradients of {', '.join(sorted(names))} hold NaN or infinity; nothing was updated. Lower the learning "
-        f'rate, clip the gradients, skip the batch, or let them pass with nonfinite="propagate"'
-    )
+    return sorted(names)
 
 
 def _differences(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:

@@ -89,7 +89,7 @@ def group_to_json(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def group_from_json(options: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`group_to_json`."""
-    return {**options, "betas": tuple(options["betas"])}
+    return {key: tuple(value) if key == "betas" else value for key, value in options.items()}
 
 
 def versions() -> dict[str, str]:

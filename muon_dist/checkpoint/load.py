@@ -17,12 +17,12 @@ from torch import Tensor
 
 from muon_dist.agreement import gathered
 from muon_dist.binding import Binding
-from muon_dist.checkpoint.contents import Contents, SavedState, group_from_json, plain_name, tensor_key
+from muon_dist.checkpoint.contents import Contents, group_from_json, plain_name
+from muon_dist.checkpoint.saved import SavedTensor
 from muon_dist.checkpoint.seal import verify
 from muon_dist.checkpoint.storage import TensorReader
-from muon_dist.codecs import Codec
 from muon_dist.optimizer import DistMuon
-from muon_dist.regions import Box, Region, shared
+from muon_dist.regions import Box, Region
 from muon_dist.state import StoredTensor
 
 _SHOWN = 10
@@ -94,7 +94,7 @@ def load_state(optimizer: DistMuon, folder: str | Path, *, strict: bool = True) 
     for shard, stored in binding.stored():
         name = plain_name(shard.name)
         if stored.layout.region.numel and name not in differences:
-            saved = _Saved(reader, name, stored.label, contents.parameters[name].states[stored.label])
+            saved = SavedTensor(reader, name, stored.label, contents.parameters[name].states[stored.label])
             outcomes[f"{name}: {stored.label}"] = _load(saved, stored, stored.buffers(shard.state))
     for group_, options in _group_options(contents, binding):
         if len(options) == 1:
@@ -139,33 +139,10 @@ def _restore(group: dict[str, Any], options: Mapping[str, Any]) -> None:
             group[option] = value
 
 
-class _Saved(NamedTuple):
-    """One state in the checkpoint."""
-
-    reader: TensorReader
-    name: str
-    label: str
-    state: SavedState
-
-    @property
-    def codec(self) -> Codec:
-        return self.state.codec_for(self.label)
-
-    def read_into(self, region: Region, buffers: Mapping[str, Tensor]) -> None:
-        """The buffers of the piece that has this region."""
-        self.reader.read({tensor_key(self.name, self.label, region, key): tensor for key, tensor in buffers.items()})
-
-    def read(self, region: Region, device: torch.device) -> dict[str, Tensor]:
-        specs = self.codec.buffers(region.local_shape)
-        buffers = {key: torch.empty(spec.shape, dtype=spec.dtype, device=device) for key, spec in specs.items()}
-        self.read_into(region, buffers)
-        return buffers
-
-
-def _load(saved: _Saved, ours: StoredTensor, buffers: Mapping[str, Tensor]) -> Outcome:
+def _load(saved: SavedTensor, ours: StoredTensor, buffers: Mapping[str, Tensor]) -> Outcome:
     """Fills this rank's buffers of one state."""
     region = ours.layout.region
-    overlapping = [piece for piece in saved.state.pieces if next(shared(piece, region), None)]
+    overlapping = saved.overlapping(region)
     if saved.codec == ours.codec and region in overlapping:
         saved.read_into(region, buffers)
         return Outcome("restored")
@@ -173,11 +150,7 @@ def _load(saved: _Saved, ours: StoredTensor, buffers: Mapping[str, Tensor]) -> O
         for piece in overlapping:
             _move_rows(saved.read(piece, ours.layout.device), piece, buffers, region)
         return Outcome("moved")
-    values = torch.zeros(region.local_shape, device=ours.layout.device)
-    for piece in overlapping:
-        decoded = saved.codec.decode(saved.read(piece, ours.layout.device))
-        for source, target in shared(piece, region):
-            target.of(values).copy_(source.of(decoded))
+    values = saved.values(region, ours.layout.device)
     ours.codec.encode(values, buffers)
     error = ours.codec.decode(buffers) - values
     return Outcome("encoded", float(error.double().square().sum()), float(values.double().square().sum()))

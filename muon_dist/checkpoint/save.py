@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ def save_state(optimizer: DistMuon, folder: str | Path) -> None:
 
 
 def _pieces(binding: Binding) -> list[Piece]:
-    """What this rank has, empty parts left out."""
+    """What this rank has; empty parts too, so that the order of the parameters is known."""
     return [
         Piece(
             plain_name(shard.name),
@@ -76,7 +76,6 @@ def _pieces(binding: Binding) -> list[Piece]:
             shard.ranks,
         )
         for shard, stored in binding.stored()
-        if stored.layout.region.numel
     ]
 
 
@@ -85,7 +84,8 @@ def _writers(everyones: Sequence[Sequence[Piece]]) -> dict[tuple[str, str, Regio
     holders: dict[tuple[str, str, Region], list[int]] = {}
     for rank, pieces in enumerate(everyones):
         for piece in pieces:
-            holders.setdefault(piece[:3], []).append(rank)
+            if piece.region.numel:
+                holders.setdefault(piece[:3], []).append(rank)
     return {key: ranks[turn % len(ranks)] for turn, (key, ranks) in enumerate(holders.items())}
 
 
@@ -106,31 +106,26 @@ def _merge(everyones: Sequence[Sequence[Piece]]) -> dict[str, SavedParameter]:
     Raises:
         ValueError: pieces of one name that do not make one parameter.
     """
-    found: dict[str, dict[str, dict[Region, Piece]]] = {}
-    homes: dict[str, set[tuple[int, ...]]] = {}
+    found: dict[str, dict[str, list[Piece]]] = {}
     for piece in (piece for pieces in everyones for piece in pieces):
-        found.setdefault(piece.name, {}).setdefault(piece.label, {})[piece.region] = piece
-        homes.setdefault(piece.name, set()).add(piece.ranks)
+        found.setdefault(piece.name, {}).setdefault(piece.label, []).append(piece)
     parameters = {}
     for name, labels in found.items():
-        _require_one(name, homes[name], labels.values())
-        # Ranks have agreed on what is not the region: any piece speaks for all.
-        first = next(iter(next(iter(labels.values())).values()))
-        states = {
-            label: SavedState(one.codec, one.block, tuple(sorted(by_region)))
-            for label, by_region in labels.items()
-            for one in [next(iter(by_region.values()))]
-        }
+        states = {label: _merge_state(name, pieces) for label, pieces in labels.items()}
+        first = next(iter(labels.values()))[0]  # ranks have agreed on what is not the region: any piece speaks for all
         parameters[name] = SavedParameter(first.shape, first.algorithm, first.options, states)
     return parameters
 
 
-def _require_one(name: str, homes: set[tuple[int, ...]], states: Iterable[Iterable[Region]]) -> None:
-    """Raises ValueError unless the pieces of each state are all of one tensor, each element once."""
-    is_whole = all(sum(region.numel for region in part) == math.prod(next(iter(part)).shape) for part in states)
-    if len(homes) > 1 or not is_whole:
-        lie = " and ".join(str(list(ranks)) for ranks in sorted(homes))
+def _merge_state(name: str, pieces: Sequence[Piece]) -> SavedState:
+    """Raises ValueError unless the pieces are all of one tensor, each element once."""
+    first = pieces[0]
+    regions = sorted({piece.region for piece in pieces if piece.region.numel})
+    homes = sorted({piece.ranks for piece in pieces})
+    if len(homes) > 1 or sum(region.numel for region in regions) != math.prod(first.region.shape):
+        where = " and ".join(str(list(ranks)) for ranks in homes)
         raise ValueError(
-            f"{name} is the name of several parameters, which lie on ranks {lie}: experts, as a rule. A portable "
+            f"{name} is the name of several parameters, which lie on ranks {where}: experts, as a rule. A portable "
             f"checkpoint needs a name for each; give the optimizer names that tell them apart"
         )
+    return SavedState(first.codec, first.block, tuple(regions))
