@@ -28,13 +28,12 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 class SavedState:
     """One state of a parameter, such as its momentum."""
 
-    codec: str
+    codec: str  # one of CODECS
     block: int
     pieces: tuple[Region, ...]  # disjoint, and all of it
 
     def codec_for(self, label: str) -> Codec:
-        """The codec that stored it. Raises ValueError for one that this version does not have."""
-        require_one_of("the codec of a saved state", self.codec, CODECS)
+        """The codec that stored it."""
         return codec_of(label, cast(MomentumState, self.codec), self.block)
 
 
@@ -62,6 +61,7 @@ class Contents:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Contents:
+        """Raises ValueError for a codec that this version does not have."""
         parameters = {name: _parameter_from(entry) for name, entry in facts["parameters"].items()}
         return cls(parameters, facts["options"], facts["world_size"], facts["versions"])
 
@@ -97,6 +97,8 @@ def versions() -> dict[str, str]:
 
 
 def _parameter_from(entry: Mapping[str, Any]) -> SavedParameter:
+    for label, state in entry["states"].items():
+        require_one_of(f"the codec of {label}", state["codec"], CODECS)
     states = {
         label: SavedState(state["codec"], state["block"], tuple(map(_region_from, state["pieces"])))
         for label, state in entry["states"].items()

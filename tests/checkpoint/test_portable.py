@@ -143,6 +143,15 @@ def reseal(folder: Path) -> None:
     seal.finish(aside, folder, facts, None)
 
 
+def test_a_codec_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    save_state(trained(), tmp_path / "state")
+    manifest = tmp_path / "state" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"codec": "linear8"', '"codec": "int3"'))
+    reseal(tmp_path / "state")
+    with pytest.raises(ValueError, match="the codec of momentum_buffer='int3': it must be one of"):
+        load_state(make(network()), tmp_path / "state")
+
+
 class Harmful:
     def __reduce__(self) -> Any:
         return os.mkdir, (os.environ["HARM"],)

@@ -43,22 +43,22 @@ def config(out: Path, text: Path, **changes: Any) -> TrainConfig:
 
 
 @contextmanager
-def started(run: TrainConfig) -> Iterator[list[BaseProcess]]:
+def started(run: TrainConfig, ranks: int = RANKS) -> Iterator[list[BaseProcess]]:
     """The ranks of a job, as a launcher would start them, but forked; none of them outlives the block."""
     port, fork = str(free_port()), multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=rank_of, args=(run, rank, port), daemon=True) for rank in range(RANKS)]
-    for process in ranks:
+    job = [fork.Process(target=rank_of, args=(run, rank, ranks, port), daemon=True) for rank in range(ranks)]
+    for process in job:
         process.start()
     try:
-        yield list(ranks)
+        yield list(job)
     finally:
-        for process in ranks:
+        for process in job:
             process.kill()
             process.join()
 
 
-def rank_of(run: TrainConfig, rank: int, port: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
+def rank_of(run: TrainConfig, rank: int, ranks: int, port: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     os._exit(0 if muon_dist.launch.train.run(run) else EXIT_CODE)
@@ -142,6 +142,18 @@ def test_sigterm_saves_and_the_run_goes_on(left_alone: Path, text_folder: Path, 
         assert exit_codes(ranks) == [0] * RANKS
     assert result(out)["first_step"] > 1
     require_same_end(out, left_alone)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_another_number_of_ranks_goes_on(ranks: int, left_alone: Path, text_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(left_alone, out)
+    shutil.rmtree(out / "checkpoints" / f"step-{STEPS:08d}")
+    with started(config(out, text_folder, resume=True), ranks) as job:
+        assert exit_codes(job) == [0] * ranks
+    assert (result(out)["first_step"], result(out)["world_size"]) == (STEPS, ranks)
+    assert losses(out, "train") == pytest.approx(losses(left_alone, "train"), rel=1e-4)
+    assert losses(out, "eval") == pytest.approx(losses(left_alone, "eval"), rel=1e-4)
 
 
 def test_a_checkpoint_that_was_damaged_is_put_aside(left_alone: Path, text_folder: Path, tmp_path: Path) -> None:
