@@ -16,6 +16,8 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from muon_dist import checkpoint
 from muon_dist.agreement import require_none
 from muon_dist.binding import Binding, tensor_shards
 from muon_dist.integrations.zero import Buffer, Partition, partitions, stage_of
@@ -138,6 +141,31 @@ class DistOrthogonal(DistMuon):
 
     def _forget_replaced(self) -> None:
         """Nothing: DeepSpeed puts its buffers in the groups by turns."""
+
+
+def save_state(engine: deepspeed.DeepSpeedEngine, folder: str | Path) -> None:
+    """:func:`muon_dist.checkpoint.save_state` of an engine's optimizer."""
+    with _all_in_groups(engine) as optimizer:
+        checkpoint.save_state(optimizer, folder)
+
+
+def load_state(engine: deepspeed.DeepSpeedEngine, folder: str | Path, *, strict: bool = True) -> checkpoint.LoadReport:
+    """:func:`muon_dist.checkpoint.load_state` into an engine's optimizer."""
+    with _all_in_groups(engine) as optimizer:
+        return checkpoint.load_state(optimizer, folder, strict=strict)
+
+
+@contextmanager
+def _all_in_groups(engine: deepspeed.DeepSpeedEngine) -> Iterator[DistOrthogonal]:
+    """The optimizer with all buffers in its groups; between steps ZeRO-3 keeps none there."""
+    if engine.zero_optimization_stage() < 3:
+        yield engine.basic_optimizer
+        return
+    engine.optimizer._set_fp32_optimizer_param_groups()
+    try:
+        yield engine.basic_optimizer
+    finally:
+        engine.optimizer._clear_fp32_optimizer_param_groups()
 
 
 def register() -> None:

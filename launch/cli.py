@@ -1,12 +1,14 @@
-"""The command line: `muon-dist train` with one argument per field of `TrainConfig`."""
+"""The command line: `muon-dist train`, with one argument per field of `TrainConfig`, `inspect` and `convert`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from muon_dist.launch.config import TrainConfig, UsageError
 
@@ -39,7 +41,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_class: type[Tra
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="muon-dist", description="Train with sharded Muon.")
+    parser = argparse.ArgumentParser(prog="muon-dist", description="Train with sharded Muon, and read its checkpoints.")
     # The deepspeed launcher puts it before all other arguments; it says the same as LOCAL_RANK, which is read instead.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -50,22 +52,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "deepspeed or mpirun starts.",
     )
     add_config_arguments(train_parser, TrainConfig)
+    train_parser.set_defaults(run=train)
+    inspect_parser = commands.add_parser("inspect", help="print what a portable checkpoint holds, and check it")
+    inspect_parser.add_argument("folder", type=Path)
+    inspect_parser.set_defaults(run=inspect)
+    convert_parser = commands.add_parser(
+        "convert",
+        help="turn a portable checkpoint into a file of torch.optim.Muon's and AdamW's state, or back",
+        description="A folder is a portable checkpoint; a file holds the state_dict of a torch.optim.Muon and a "
+        'torch.optim.AdamW, as torch.save({"muon": ..., "adamw": ...}) writes them.',
+    )
+    convert_parser.add_argument("source", type=Path, help="a portable checkpoint, or a file")
+    convert_parser.add_argument("target", type=Path, help="the other, which must not exist yet")
+    convert_parser.set_defaults(run=convert)
     options = vars(parser.parse_args(arguments))
-    del options["command"], options["local_rank"]
+    del options["local_rank"]
+    run, command = options.pop("run"), options.pop("command")
+    try:
+        code = run(options)
+    except UsageError as error:
+        commands.choices[command].error(str(error))
+    if code:
+        sys.exit(code)
+
+
+def train(options: dict[str, Any]) -> int:
     if "data" in options:
         options["data"] = tuple(options["data"])
+    config = TrainConfig(**options)
     try:
-        config = TrainConfig(**options)
         # Imported late: it takes seconds (transformers), and `--help` or a wrong argument shouldn't wait for it.
+        from muon_dist.launch.interruption import EXIT_CODE
         from muon_dist.launch.train import run
-    except UsageError as error:
-        train_parser.error(str(error))
     except ModuleNotFoundError as error:
-        train_parser.error(f"{error}; training needs more than the optimizer: pip install 'muon_dist[train]'")
+        raise UsageError(f"{error}; training needs more than the optimizer: pip install 'muon_dist[train]'") from None
+    return 0 if run(config, given=options) else EXIT_CODE
+
+
+def inspect(options: dict[str, Any]) -> int:
+    from muon_dist.checkpoint.inspect import describe
+
     try:
-        run(config, given=options)
-    except UsageError as error:
-        train_parser.error(str(error))
+        print(describe(options["folder"]))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return 0
+
+
+def convert(options: dict[str, Any]) -> int:
+    from muon_dist.checkpoint.convert import from_torch, to_torch
+
+    source: Path = options["source"]
+    try:
+        (to_torch if source.is_dir() else from_torch)(source, options["target"])
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    return 0
 
 
 if __name__ == "__main__":

@@ -62,11 +62,12 @@ class TrainConfig:
     eval_every: Annotated[int, "steps between evaluations; the last step is always evaluated"] = 50
     eval_sequences: Annotated[int, "held-out sequences of an evaluation, the same ones every time"] = 256
     checkpoint_every: Annotated[int, "steps between checkpoints; 0: only the last step is saved"] = 0
+    keep_checkpoints: Annotated[int, "how many of the newest checkpoints are kept"] = 3
     resume: Annotated[bool, "continue from the newest checkpoint in --out, if there is one"] = False
 
     def __post_init__(self) -> None:
         at_least_one = ("replicas", "sequence_length", "batch_size", "accumulation_steps", "steps", "block_size")
-        for name in (*at_least_one, "log_every", "eval_every", "eval_sequences"):
+        for name in (*at_least_one, "log_every", "eval_every", "eval_sequences", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.replicas > 1 and self.engine != "fsdp2":

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from muon_dist.launch.config import UsageError
 
@@ -56,6 +57,11 @@ def started_by_launcher(variables: Mapping[str, str]) -> bool:
             f"them all, or unset {', '.join(given)} to run a single process or under mpirun"
         )
     return True
+
+
+def attempt(variables: Mapping[str, str]) -> int:
+    """How often torchrun has restarted this job (--max-restarts)."""
+    return number(variables, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in variables else 0
 
 
 def meet_over_mpi(size_variable: str, size: str) -> dict[str, str]:
@@ -130,6 +136,18 @@ def make_cuda_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # only costs time
 
 
+def meeting_store(environment: Environment) -> dist.Store:
+    """Where the ranks find each other. A job that no launcher started needs no address: its store is in this process.
+
+    torchrun has one store for all its attempts, in which gloo would find the addresses of ranks that are gone and hang:
+    each attempt has a part of it to itself.
+    """
+    if not started_by_launcher(os.environ):
+        return dist.HashStore()
+    store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size))
+    return dist.PrefixStore(f"attempt {attempt(os.environ)}", store)
+
+
 @contextmanager
 def process_group(environment: Environment) -> Iterator[None]:
     """The default process group for the length of the block: NCCL on CUDA, gloo on CPU."""
@@ -137,10 +155,9 @@ def process_group(environment: Environment) -> Iterator[None]:
     if on_cuda:
         torch.cuda.set_device(environment.device)
         make_cuda_deterministic()
-    # A job that no launcher started has no address to meet at, and needs none: its store lives in this process.
     dist.init_process_group(
         "nccl" if on_cuda else "gloo",
-        store=None if started_by_launcher(os.environ) else dist.HashStore(),
+        store=meeting_store(environment),
         rank=environment.rank,
         world_size=environment.world_size,
         device_id=environment.device if on_cuda else None,

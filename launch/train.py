@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,18 +22,24 @@ from muon_dist.launch.data import Batches, TextData, load_text
 from muon_dist.launch.deepspeed_engine import DeepSpeedEngine, import_deepspeed
 from muon_dist.launch.ds_config import reconcile
 from muon_dist.launch.engines import Engine, TorchEngine
-from muon_dist.launch.environment import Environment, process_group, read_environment
+from muon_dist.launch.environment import Environment, attempt, process_group, read_environment
+from muon_dist.launch.interruption import Interruption
 from muon_dist.launch.metrics import Metrics
 from muon_dist.launch.models import build_model
 from muon_dist.memory import measured_state_bytes
 
 
-def run(config: TrainConfig, given: Collection[str] = ()) -> None:
+def run(config: TrainConfig, given: Collection[str] = ()) -> bool:
     """Everything that can be wrong with the command is found before the ranks meet.
 
     Args:
         given: the options that the user named, which DeepSpeed's file must not contradict.
+
+    Returns:
+        Whether the run is done; else it was interrupted and can be resumed.
     """
+    if attempt(os.environ):
+        config = dataclasses.replace(config, resume=True)
     if not config.resume and (config.out / "metrics.jsonl").exists():
         raise UsageError(f"--out {config.out} already holds a run; add --resume to continue it, or name another folder")
     environment = read_environment(os.environ)
@@ -43,10 +50,10 @@ def run(config: TrainConfig, given: Collection[str] = ()) -> None:
     config.check_world_size(environment.world_size)
     text = load_text(config)
     with process_group(environment):
-        train(config, environment, text, ds_config)
+        return train(config, environment, text, ds_config)
 
 
-def train(config: TrainConfig, environment: Environment, text: TextData, ds_config: dict[str, Any] | None) -> None:
+def train(config: TrainConfig, environment: Environment, text: TextData, ds_config: dict[str, Any] | None) -> bool:
     batches = Batches(config, environment, text)
     model = build_model(config.model, config.sequence_length, environment.device, config.seed)
     facts: dict[str, Any] = {
@@ -54,16 +61,18 @@ def train(config: TrainConfig, environment: Environment, text: TextData, ds_conf
     }  # before they are sharded
     engine: Engine
     engine = DeepSpeedEngine(config, model, ds_config) if ds_config else TorchEngine(config, environment, model)
-    checkpoints = Checkpoints(config.out / "checkpoints", environment)
+    checkpoints = Checkpoints(config.out / "checkpoints", config.keep_checkpoints, environment)
+    interruption = Interruption(environment)
     first_step = 1 + (checkpoints.load_newest(engine) if config.resume else 0)
     if first_step > config.steps:
         print(f"{config.out}: all {config.steps} steps are done, nothing to resume")
-        return
+        return True
 
     started = time.perf_counter()
     with closing(Metrics(config.out, environment.device, first_step, config.steps, environment.is_main)) as metrics:
         for step in range(first_step, config.steps + 1):
             is_last = step == config.steps
+            seed_random_numbers(config.seed, step, environment.rank)
             lr = engine.optimizers[0].param_groups[0]["lr"]
             loss = backward(engine, batches.training(step))
             grad_norm = engine.step()
@@ -76,9 +85,19 @@ def train(config: TrainConfig, environment: Environment, text: TextData, ds_conf
                 with metrics.untimed():
                     validation_loss = evaluate(engine, environment, batches.validation())
                 metrics.evaluation(step, validation_loss)
-            if is_last or (config.checkpoint_every and step % config.checkpoint_every == 0):
+            is_interrupted = interruption.is_agreed() and not is_last
+            is_due = config.checkpoint_every and step % config.checkpoint_every == 0
+            if is_last or is_interrupted or is_due:
                 with metrics.untimed():
                     checkpoints.save(engine, step)
+            if is_interrupted:
+                break
+
+    if is_interrupted:
+        if environment.is_main:
+            print(f"{config.out}: interrupted and saved after step {step}; --resume goes on")
+        engine.close()
+        return False
 
     facts |= {
         "first_step": first_step,
@@ -95,6 +114,12 @@ def train(config: TrainConfig, environment: Environment, text: TextData, ds_conf
     if environment.is_main:
         write_result(config, environment, facts)
     engine.close()
+    return True
+
+
+def seed_random_numbers(seed: int, step: int, rank: int) -> None:
+    """A step's random numbers are a function of seed, step and rank: a resumed run needs no state of them."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 
 def backward(engine: Engine, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from muon_dist.codecs import Codec
 from muon_dist.codecs.full import Full
 from muon_dist.options import Options
 from muon_dist.shards import Shard
-from muon_dist.state import StoredTensor, moments_of
+from muon_dist.state import StoredTensor, moments_of, step_count_of
 
 if kernels.HAS_TRITON:
     from muon_dist.kernels import adamw as adamw_kernels
@@ -36,16 +36,17 @@ class AdamWParameter:
     shard: Shard
     exp_avg: StoredTensor
     exp_avg_sq: StoredTensor
+    step: StoredTensor  # on the device of the moments, as fused AdamW wants it
 
     @classmethod
     def of(cls, shard: Shard, options: Options) -> AdamWParameter:
-        return cls(shard, *moments_of(shard.shape, shard.moments_layout(options.block_size), options, shard.prefix))
+        layout = shard.moments_layout(options.block_size)
+        moments = moments_of(shard.shape, layout, options, shard.prefix)
+        return cls(shard, *moments, step_count_of(layout.device, shard.prefix))
 
     def create_state(self) -> None:
-        """Adds what is missing to the parameter's state; ``step`` on its device, as fused AdamW wants it."""
-        if self._step not in self.shard.state:
-            device = self.exp_avg.layout.device
-            self.shard.state[self._step] = torch.zeros((), dtype=torch.float32, device=device)
+        """Adds what is missing to the parameter's state."""
+        self.step.create(self.shard.state)
         self.exp_avg.create(self.shard.state)
         self.exp_avg_sq.create(self.shard.state)
 
@@ -57,7 +58,7 @@ class AdamWParameter:
         if gradient is None:
             return
         group, state = self.shard.group, self.shard.state
-        step: Tensor = state[self._step]
+        step = self.step.buffers(state)[""]
         step += 1
         if weight.numel() == 0:
             return
@@ -102,10 +103,6 @@ class AdamWParameter:
                 w.copy_(wide)
             m.close()
             v.close()
-
-    @property
-    def _step(self) -> str:
-        return f"{self.shard.prefix}step"
 
 
 class _Opened:

@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _SHOWN = 5
+T = TypeVar("T")
+
+
+def gathered(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """What every rank of ``group`` gives, in its order; without a group what this process gives."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def require_same(lines: Sequence[str], group: dist.ProcessGroup) -> None:
     """Raises ValueError on every rank of ``group`` unless all give the same lines."""
-    digests: list[str | None] = [None] * group.size()
-    dist.all_gather_object(digests, hashlib.sha256("\n".join(lines).encode()).hexdigest(), group=group)
-    if len(set(digests)) == 1:
+    if len(set(gathered(hashlib.sha256("\n".join(lines).encode()).hexdigest(), group))) == 1:
         return
-    gathered: list[list[str] | None] = [None] * group.size()
-    dist.all_gather_object(gathered, list(lines), group=group)
+    everyones = gathered(list(lines), group)
     ranks = dist.get_process_group_ranks(group)
-    reference = gathered[0] or []
-    for rank, theirs in zip(ranks, gathered, strict=True):
-        differences = _differences(reference, theirs or [])
+    for rank, theirs in zip(ranks, everyones, strict=True):
+        differences = _differences(everyones[0], theirs)
         if differences:
             raise ValueError(
                 f"ranks {ranks[0]} and {rank} were given different optimizers; give every rank the same parameters in "
@@ -37,19 +44,16 @@ def require_same(lines: Sequence[str], group: dist.ProcessGroup) -> None:
 
 def require_none(problems: Sequence[str], group: dist.ProcessGroup | None, heading: str) -> None:
     """Raises ValueError on every rank of ``group`` if any of them has a problem."""
-    found: list[list[str] | None] = [list(problems)]
-    if group is not None:
-        found = [None] * group.size()
-        dist.all_gather_object(found, list(problems), group=group)
-    lines = [f"  rank {rank}: {problem}" for rank, theirs in enumerate(found) for problem in (theirs or ())[:_SHOWN]]
+    found = gathered(list(problems), group)
+    lines = [f"  rank {rank}: {problem}" for rank, theirs in enumerate(found) for problem in theirs[:_SHOWN]]
     if lines:
         raise ValueError(f"{heading}:\n" + "\n".join(lines))
 
 
-def require_finite(
+def nonfinite_gradients(
     gradients: Sequence[tuple[str, Tensor]], groups: Sequence[dist.ProcessGroup], device: torch.device
-) -> None:
-    """Raises FloatingPointError on every rank if any rank's gradients hold a NaN or an infinity, naming whose.
+) -> list[str]:
+    """Whose gradients hold a NaN or an infinity on any rank: the same names on all of them, none as a rule.
 
     Costs one synchronisation of host and device, and one small all-reduce a group.
     """
@@ -60,17 +64,12 @@ def require_finite(
     for group in groups:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
     if not bad.item():
-        return
+        return []
     here = [name for (name, _), finite in zip(gradients, flags, strict=True) if not finite]
     names = set(here)
     for group in groups:
-        gathered: list[set[str] | None] = [None] * group.size()
-        dist.all_gather_object(gathered, names, group=group)
-        names = names.union(*(found or () for found in gathered))
-    raise FloatingPointError(
-        f"the gradients of {', '.join(sorted(names))} hold NaN or infinity; nothing was updated. Lower the learning "
-        f'rate, clip the gradients, skip the batch, or let them pass with nonfinite="propagate"'
-    )
+        names = names.union(*gathered(names, group))
+    return sorted(names)
 
 
 def _differences(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:

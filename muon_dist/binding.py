@@ -21,6 +21,7 @@ from muon_dist.adamw import AdamWParameter
 from muon_dist.muon import MuonParameter
 from muon_dist.options import Options
 from muon_dist.shards import Shard, TensorShard
+from muon_dist.state import StoredTensor
 
 ParamGroups = Sequence[dict[str, Any]]
 Signature = tuple[Any, ...]
@@ -40,6 +41,13 @@ class Binding:
         """The AdamW part of a step. Local."""
         for p in self.adamw:
             p.update()
+
+    def stored(self) -> Iterator[tuple[Shard, StoredTensor]]:
+        """All state of this rank, with the parameter that each is of."""
+        for p in self.muon:
+            yield p.shard, p.momentum
+        for q in self.adamw:
+            yield from ((q.shard, stored) for stored in (q.exp_avg, q.exp_avg_sq, q.step))
 
     def domains(self) -> dict[tuple[int, ...], list[MuonParameter]]:
         """The matrices by the ranks that exchange them, in an order that is the same on all; every rank's own sets of

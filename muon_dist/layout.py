@@ -124,6 +124,14 @@ def flat_geometry(rows: int, cols: int, runs: Sequence[tuple[int, int]]) -> Geom
     return Geometry(rows, cols, tuple(pieces), flat=True)
 
 
+def extent_of_run(shape: Sequence[int], length: int) -> Extent | None:
+    """Of a run of a flattened parameter of ``shape``; None for what is no matrix."""
+    if len(shape) != 2:
+        return None
+    rows, cols = shape
+    return Extent((rows, cols), (math.ceil(length / cols), cols), run=True)
+
+
 def aligned_block(cols: int, cuts: Sequence[int], block_size: int) -> int:
     """Block length for quantising rows of ``cols`` elements so that no block crosses a cut between two ranks.
 

@@ -23,9 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from muon_dist.agreement import require_finite, require_same
+from muon_dist.agreement import nonfinite_gradients, require_same
 from muon_dist.binding import Binding, Signature, bind, named, signature, tensor_shards
-from muon_dist.checkpoint import require_matching, require_same_members
 from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
 from muon_dist.muon import MuonWork
@@ -47,6 +46,7 @@ from muon_dist.plan import Plan, make_plan
 from muon_dist.polar import schedule
 from muon_dist.sharding import local
 from muon_dist.shards import Shard
+from muon_dist.state_dict import require_matching, require_same_members
 from muon_dist.wire import wire_format
 
 
@@ -84,8 +84,9 @@ class DistMuon(torch.optim.Optimizer):
         adamw_state: how both of its moments are stored: "fp32" or "dynamic8" (parameters below 4096 elements and
             vectors stay in fp32).
         overrides: ``{name pattern: "muon" | "adamw"}``, before the rules.
-        nonfinite: what NaN or infinite gradients do: "propagate" as in torch's optimizers, or "raise" on every rank
-            before anything is changed, at the price of a synchronisation a step.
+        nonfinite: what NaN or infinite gradients do: "propagate" as in torch's optimizers; "skip" the step on every
+            rank, which ``skipped_steps`` counts; or "raise" on every rank. The latter two change nothing, and cost a
+            synchronisation a step.
         process_group: ranks that hold plain tensors as replicas; the default group where torch.distributed is
             initialised.
 
@@ -141,6 +142,7 @@ class DistMuon(torch.optim.Optimizer):
         self._overrides = overrides
         self._process_group = process_group
         self._grouping = Grouping()
+        self.skipped_steps = 0  # because of NaN or infinite gradients, of this process
         muon = {
             "lr": lr,
             "momentum": momentum,
@@ -170,9 +172,20 @@ class DistMuon(torch.optim.Optimizer):
             super().add_param_group(group)
         self._grouping.extend(grouping)
 
+    def bound(self) -> Binding:
+        """The parameters as they are now, with their state, found to be alike on all ranks. Collective."""
+        binding = self._bind()
+        self._connect(binding)
+        return binding
+
     def grouping(self) -> Grouping:
         """Which parameter goes where, and why; ``print`` it for a table."""
         return self._grouping
+
+    @property
+    def options(self) -> Options:
+        """What holds for all groups."""
+        return self._options
 
     @property
     def plans(self) -> list[Plan]:
@@ -190,8 +203,8 @@ class DistMuon(torch.optim.Optimizer):
         pipelines = self._connect(binding)
         for shard in binding.shards:
             shard.require_gradient_fits()
-        if self._options.nonfinite == "raise":
-            self._require_finite(binding)
+        if self._options.nonfinite != "propagate" and self._is_to_be_skipped(binding):
+            return loss
         with _current(binding.device):
             # AdamW's update needs no exchange: it fills the time while the first chunk travels.
             for i, (pipeline, work) in enumerate(pipelines):
@@ -241,10 +254,11 @@ class DistMuon(torch.optim.Optimizer):
 
     def _shards(self) -> Iterator[Shard]:
         """The trainable parameters as they are now. Integrations override it for engines with buffers of their own."""
-        return tensor_shards(named(self.param_groups), self.state, self._replicas())
+        return tensor_shards(named(self.param_groups), self.state, self.process_group)
 
-    def _replicas(self) -> dist.ProcessGroup | None:
-        """The ranks that hold plain tensors as replicas."""
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks of the job, which hold plain tensors as replicas; None for a single process."""
         if self._process_group is None and dist.is_available() and dist.is_initialized():
             return dist.group.WORLD
         return self._process_group
@@ -297,14 +311,22 @@ class DistMuon(torch.optim.Optimizer):
         shards = [shard for shard in binding.shards if shard.ranks == ranks]
         return [repr(self._options), *(f"{shard.description} {options[id(shard.group)]}" for shard in shards)]
 
-    def _require_finite(self, binding: Binding) -> None:
+    def _is_to_be_skipped(self, binding: Binding) -> bool:
+        """Raises FloatingPointError instead where the options say so."""
         gradients = [
             (shard.name, gradient)
             for shard in binding.shards
             if (gradient := shard.gradient()) is not None and gradient.numel()
         ]
         groups = [group for ranks in binding.domains() if (group := self._group_of(ranks))]
-        require_finite(gradients, groups, binding.device)
+        names = nonfinite_gradients(gradients, groups, binding.device)
+        if names and self._options.nonfinite == "raise":
+            raise FloatingPointError(
+                f"the gradients of {', '.join(names)} hold NaN or infinity; nothing was updated. Lower the learning "
+                f'rate, clip the gradients, skip such steps with nonfinite="skip", or let them pass with "propagate"'
+            )
+        self.skipped_steps += bool(names)
+        return bool(names)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

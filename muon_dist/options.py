@@ -16,7 +16,7 @@ Polar = Literal["jordan", "polar_express", "cans", "jiacheng"]
 PolarForm = Literal["auto", "standard", "gram"]
 UpdateScale = Literal["match_rms_adamw", "spectral", "none"]
 Wire = Literal["fp32", "bf16", "int8", "nf4"]
-Nonfinite = Literal["propagate", "raise"]
+Nonfinite = Literal["propagate", "skip", "raise"]
 
 # A block of 128 with a bf16 scale costs 1.016 bytes an element. benchmarks/README.md has the measurements behind it.
 DEFAULT_BLOCK_SIZE = 128

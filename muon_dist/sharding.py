@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from muon_dist.layout import Extent, Geometry, Piece, Rect, aligned_block, chunk_range
+from muon_dist.regions import Region
 
 Placements: TypeAlias = tuple[Placement, ...]
 
@@ -72,9 +73,10 @@ class Home:
             chosen.append(Shard(free.pop(0)) if shareable else placement)
         return tuple(chosen)
 
-    def local_shape(self, shape: Sequence[int], placements: Placements, rank: int) -> tuple[int, ...]:
-        """Shape of the part of a tensor that lies on ``ranks[rank]`` under ``placements``."""
-        return tuple(size for _, size in local_extent(shape, self.mesh_shape, self.coordinates[rank], placements))
+    def region(self, shape: Sequence[int], placements: Placements, rank: int) -> Region:
+        """The part of a tensor that lies on ``ranks[rank]`` under ``placements``."""
+        extent = local_extent(shape, self.mesh_shape, self.coordinates[rank], placements)
+        return Region(tuple(shape), tuple(offset for offset, _ in extent), tuple(size for _, size in extent))
 
 
 def home_of(parameter: Tensor, group_ranks: Sequence[int], shares_momentum: bool = True) -> Home:

@@ -219,7 +219,7 @@ class FlatShard(Shard):
         return Rect(0, start, 1, length)
 
     def momentum_layout(self, block_size: int) -> StateLayout:
-        return flat_layout(self.shape, self.runs[self.index][1], block_size, self.flat.device)
+        return flat_layout(self.shape, *self.runs[self.index], block_size, self.flat.device)
 
     def moments_layout(self, block_size: int) -> StateLayout:
         return self.momentum_layout(block_size)

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from muon_dist.codecs import Codec, make_codec, make_low_rank_codec, nbytes
-from muon_dist.layout import Extent
-from muon_dist.options import Options
+from muon_dist.codecs import FOUR_BIT_CODECS, Codec, make_codec, make_low_rank_codec, nbytes
+from muon_dist.layout import Extent, extent_of_run
+from muon_dist.options import MomentumState, Options
+from muon_dist.regions import Region
 from muon_dist.sharding import Home, Placements, block_of, extent_of, local, wrap_local
+
+MOMENTUM, FIRST_MOMENT, SECOND_MOMENT, STEP_COUNT = "momentum_buffer", "exp_avg", "exp_avg_sq", "step"
 
 # AdamW moments of parameters with fewer elements stay in fp32: they cost nothing, and norms and biases are sensitive.
 SMALLEST_QUANTISED = 4096
@@ -31,7 +34,7 @@ class StateLayout:
 
     Attributes:
         shape: of the whole.
-        local_shape: of this rank's part.
+        region: which part of the parameter lies on this rank.
         block: elements that share a scale, for codecs that have one.
         mesh, placements: how the parts make the whole; mesh is None for a part that only this rank knows of.
         device: where the parts lie.
@@ -39,12 +42,17 @@ class StateLayout:
     """
 
     shape: tuple[int, ...]
-    local_shape: tuple[int, ...]
+    region: Region
     block: int
     mesh: DeviceMesh | None
     placements: Placements
     device: torch.device
     extent: Extent | None
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of this rank's part."""
+        return self.region.local_shape
 
 
 def sharded_layout(
@@ -58,27 +66,24 @@ def sharded_layout(
 ) -> StateLayout:
     """Of a state that lies on ``home.ranks[rank]`` as ``placements`` say; its blocks never cross a cut."""
     whole = tuple(shape)
-    part = home.local_shape(whole, placements, rank)
+    region = home.region(whole, placements, rank)
     block = block_of(whole, home, placements, block_size) if whole else block_size
     extent = extent_of(whole, home, placements) if len(whole) == 2 else None
-    return StateLayout(whole, part, block, mesh, placements, device, extent)
+    return StateLayout(whole, region, block, mesh, placements, device, extent)
 
 
-def flat_layout(shape: Sequence[int], length: int, block_size: int, device: torch.device) -> StateLayout:
-    """Of the state of a run of ``length`` elements of a flattened parameter of ``shape``: one row, its blocks counted
-    from the start of the run."""
-    extent = None
-    if len(shape) == 2:
-        rows, cols = shape
-        extent = Extent((rows, cols), (math.ceil(length / cols), cols), run=True)
-    return StateLayout((1, length), (1, length), block_size, None, (), device, extent)
+def flat_layout(shape: Sequence[int], start: int, length: int, block_size: int, device: torch.device) -> StateLayout:
+    """Of the state of a run of a flattened parameter of ``shape``: one row, its blocks counted from its start."""
+    region = Region(tuple(shape), (start,), (length,), flat=True)
+    return StateLayout((1, length), region, block_size, None, (), device, extent_of_run(shape, length))
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """A matrix-shaped (or any-shaped) fp32 quantity that lies in ``optimizer.state[p]`` through a codec."""
 
-    key: str  # its name, such as "momentum_buffer"
+    prefix: str  # of its entries' names
+    label: str  # its own name, such as "momentum_buffer"
     codec: Codec
     layout: StateLayout
 
@@ -107,18 +112,35 @@ class StoredTensor:
         return self.codec.decode(self.buffers(state), (1, *self.layout.local_shape)[-1])
 
     def _entry(self, buffer: str) -> str:
-        return f"{self.key}_{buffer}" if buffer else self.key
+        return f"{self.prefix}{self.label}_{buffer}" if buffer else f"{self.prefix}{self.label}"
+
+
+def codec_of(
+    label: str, codec: MomentumState, block: int, extent: Extent | None = None, rank_fraction: float | None = None
+) -> Codec:
+    """The codec called ``codec`` for the state called ``label``.
+
+    Args:
+        extent, rank_fraction: of matrices, for the codecs that only they have.
+
+    Raises:
+        ValueError: columns are cut where two codes share a byte.
+    """
+    if codec in FOUR_BIT_CODECS and extent is not None and extent.cuts[1] > 1 and extent.part[1] % 2:
+        raise ValueError(
+            f"{codec} stores two columns a byte, and this layout cuts columns every {extent.part[1]}: use a codec of 8 "
+            f"bits, or shard the columns at even places"
+        )
+    if codec == "grasp4" or codec == "lowrank4":
+        assert extent is not None
+        return make_low_rank_codec(codec, block, extent, rank_fraction)
+    return make_codec(codec, block, signed=label != SECOND_MOMENT)
 
 
 def momentum_of(layout: StateLayout, options: Options, prefix: str = "") -> StoredTensor:
     """The momentum of a matrix. Raises ValueError where the codec cannot store a matrix that lies like this."""
-    name = options.momentum_state
-    if name == "grasp4" or name == "lowrank4":
-        assert layout.extent is not None
-        codec = make_low_rank_codec(name, layout.block, layout.extent, options.rank_fraction)
-    else:
-        codec = make_codec(name, layout.block)
-    return StoredTensor(f"{prefix}momentum_buffer", codec, layout)
+    codec = codec_of(MOMENTUM, options.momentum_state, layout.block, layout.extent, options.rank_fraction)
+    return StoredTensor(prefix, MOMENTUM, codec, layout)
 
 
 def moments_of(
@@ -127,5 +149,14 @@ def moments_of(
     """AdamW's first and second moment of a parameter of ``shape``."""
     quantised = len(shape) >= 2 and math.prod(shape) >= SMALLEST_QUANTISED
     name = options.adamw_state if quantised else "fp32"
-    first, second = (make_codec(name, layout.block, signed=signed) for signed in (True, False))
-    return StoredTensor(f"{prefix}exp_avg", first, layout), StoredTensor(f"{prefix}exp_avg_sq", second, layout)
+    first, second = (
+        StoredTensor(prefix, label, codec_of(label, name, layout.block), layout)
+        for label in (FIRST_MOMENT, SECOND_MOMENT)
+    )
+    return first, second
+
+
+def step_count_of(device: torch.device, prefix: str = "") -> StoredTensor:
+    """AdamW's count of steps: a number that every rank has."""
+    layout = StateLayout((), Region((), (), ()), 1, None, (), device, None)
+    return StoredTensor(prefix, STEP_COUNT, codec_of(STEP_COUNT, "fp32", 1), layout)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from muon_dist import DistMuon
-from muon_dist.codecs import LOW_RANK_CODECS, Codec, make_codec, make_low_rank_codec, nbytes
+from muon_dist.codecs import FOUR_BIT_CODECS, LOW_RANK_CODECS, Codec, make_codec, make_low_rank_codec, nbytes
 from muon_dist.codecs.lowrank import LowRank
 from muon_dist.layout import Extent, chunk_range
-from muon_dist.options import LowRankState
+from muon_dist.options import LowRankState, MomentumState
 from tests.ranks import run_ranks
 from tests.test_codecs import stored
 from tests.test_sharded import SHAPES, STEPS, Layout, fsdp, hsdp, replicated, train, values, whole
@@ -176,9 +176,10 @@ def test_a_resumed_run_goes_on_from_its_subspace(name: LowRankState) -> None:
     assert torch.equal(p, q)
 
 
-def test_columns_cut_at_odd_places_are_refused() -> None:
+@pytest.mark.parametrize("name", FOUR_BIT_CODECS)
+def test_columns_cut_at_odd_places_are_refused(name: MomentumState) -> None:
     def check(rank: int) -> None:
-        with pytest.raises(ValueError, match=r"w: lowrank4 stores two columns a byte.*every 5"):
-            train(fsdp(2, dim=1), {"w": (8, 10)}, momentum_state="lowrank4")
+        with pytest.raises(ValueError, match=rf"w: {name} stores two columns a byte.*every 5"):
+            train(fsdp(2, dim=1), {"w": (8, 10)}, momentum_state=name)
 
     run_ranks(2, check)

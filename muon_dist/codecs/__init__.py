@@ -21,6 +21,7 @@ from muon_dist.options import DEFAULT_BLOCK_SIZE, LowRankState, MomentumState, R
 
 CODECS = get_args(MomentumState)
 LOW_RANK_CODECS = get_args(LowRankState)
+FOUR_BIT_CODECS = ("int4", "nf4", *LOW_RANK_CODECS)
 
 # Of the shorter side of a matrix, as in the paper.
 _GRASP_RANK = 1 / 16
@@ -54,16 +55,8 @@ def make_low_rank_codec(name: LowRankState, block: int, extent: Extent, rank_fra
         block: elements that share a scale, and the side of grasp4's tiles.
         rank_fraction: rank of the low-rank part over the shorter side, of a matrix in one piece. Shards have the rank
             that costs them the same number of bytes an element.
-
-    Raises:
-        ValueError: the columns are cut at odd places: two codes share a byte.
     """
     rows, cols = extent.part
-    if extent.cuts[1] > 1 and cols % 2:
-        raise ValueError(
-            f"{name} stores two columns a byte, and this layout cuts columns every {cols}: use a codec of 8 bits, or "
-            f"shard the columns at even places"
-        )
     short, long = sorted(extent.matrix)
     if name == "grasp4":
         share = (rank_fraction or _GRASP_RANK) * (1 + short / long)
@@ -83,4 +76,13 @@ def nbytes(codec: Codec, shape: Sequence[int]) -> int:
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in codec.buffers(shape).values())
 
 
-__all__ = ["CODECS", "LOW_RANK_CODECS", "BufferSpec", "Codec", "make_codec", "make_low_rank_codec", "nbytes"]
+__all__ = [
+    "CODECS",
+    "FOUR_BIT_CODECS",
+    "LOW_RANK_CODECS",
+    "BufferSpec",
+    "Codec",
+    "make_codec",
+    "make_low_rank_codec",
+    "nbytes",
+]

@@ -1,0 +1,14 @@
+"""Portable optimizer state: one format on disk for every engine, layout, world size and codec.
+
+    from muon_dist.checkpoint import load_state, save_state
+
+    save_state(optimizer, "checkpoints/step-1000")
+    print(load_state(optimizer, "checkpoints/step-1000"))
+
+Under DeepSpeed give the engine to the functions of the same names in its integration.
+"""
+
+from muon_dist.checkpoint.load import LoadReport, load_state
+from muon_dist.checkpoint.save import save_state
+
+__all__ = ["LoadReport", "load_state", "save_state"]

@@ -1,0 +1,128 @@
+"""What a checkpoint holds, as its manifest says it: parameters by name, their states, and the pieces of these.
+
+Every piece is stored as the rank had it: the codec's buffers of one region, each a tensor of its own. So no layout and
+no codec needs anything from the format, and a loader finds with regions alone what it needs.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, cast
+
+import torch
+
+from muon_dist.codecs import CODECS, Codec
+from muon_dist.groups import GROUP_OPTIONS
+from muon_dist.layout import Extent, extent_of_run
+from muon_dist.options import Algorithm, MomentumState, Options, require_one_of
+from muon_dist.regions import Region
+from muon_dist.state import codec_of
+
+# What wrappers put into the names of parameters: DDP in front, torch.compile and activation checkpointing anywhere.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """One state of a parameter, such as its momentum."""
+
+    codec: str  # one of CODECS
+    block: int
+    pieces: tuple[Region, ...]  # disjoint, and all of it
+    extent: Extent | None = None  # of a matrix that meshes cut
+    rank_fraction: float | None = None
+
+    def codec_for(self, label: str, piece: Region) -> Codec:
+        """The codec that stored a piece."""
+        extent = extent_of_run(piece.shape, *piece.size) if piece.flat else self.extent
+        return codec_of(label, cast(MomentumState, self.codec), self.block, extent, self.rank_fraction)
+
+
+@dataclass(frozen=True)
+class SavedParameter:
+    """A parameter: shape of the whole, its group's options, and its states by label."""
+
+    shape: tuple[int, ...]
+    algorithm: Algorithm
+    options: Mapping[str, Any]
+    states: Mapping[str, SavedState]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All of a checkpoint."""
+
+    parameters: Mapping[str, SavedParameter]
+    options: Mapping[str, Any]  # of the optimizer that saved it
+    world_size: int
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Contents:
+        """Raises ValueError for a codec that this version does not have."""
+        parameters = {name: _parameter_from(entry) for name, entry in facts["parameters"].items()}
+        return cls(parameters, facts["options"], facts["world_size"], facts["versions"])
+
+
+def tensor_key(name: str, label: str, region: Region, buffer: str) -> str:
+    """The name under which torch.distributed.checkpoint stores one buffer of a piece."""
+    return f"{name}/{label}/{'.'.join(map(str, region.offset))}/{buffer or 'values'}"
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter in the unwrapped model."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def options_to_json(options: Options) -> dict[str, Any]:
+    return {**asdict(options), "polar_dtype": options.polar_dtype and str(options.polar_dtype)}
+
+
+def group_to_json(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's options."""
+    return {**{key: group[key] for key in GROUP_OPTIONS}, "lr": float(group["lr"]), "betas": list(group["betas"])}
+
+
+def group_from_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`group_to_json`."""
+    return {key: tuple(value) if key == "betas" else value for key, value in options.items()}
+
+
+def versions() -> dict[str, str]:
+    return {"muon_dist": version("muon_dist"), "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _parameter_from(entry: Mapping[str, Any]) -> SavedParameter:
+    for label, state in entry["states"].items():
+        require_one_of(f"the codec of {label}", state["codec"], CODECS)
+    states = {
+        label: SavedState(
+            state["codec"],
+            state["block"],
+            tuple(map(_region_from, state["pieces"])),
+            _extent_from(state["extent"]),
+            state["rank_fraction"],
+        )
+        for label, state in entry["states"].items()
+    }
+    return SavedParameter(tuple(entry["shape"]), entry["algorithm"], entry["options"], states)
+
+
+def _extent_from(entry: Any) -> Extent | None:
+    if entry is None:
+        return None
+    matrix, part, cuts, run = entry
+    return Extent(tuple(matrix), tuple(part), tuple(cuts), run)
+
+
+def _region_from(entry: Any) -> Region:
+    shape, offset, size, flat = entry
+    return Region(tuple(shape), tuple(offset), tuple(size), flat)
