@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muon_dist.layout import Rect
+from muon_dist.layout import Rect, wanted_by
 from muon_dist.plan import Bundle, Chunk, Parcel, Side
 from muon_dist.wire import WireFormat
 
@@ -61,7 +61,7 @@ class Exchange:
         empty = Side((), (0,) * ranks)
         self.lent = chunk.lent(rank, ranks, wire) if self.replicated else empty
         self.wanted = chunk.wanted(rank, ranks, wire) if self.replicated else empty
-        kept = {(id(b), p.rect) for b in chunk.bundles for p in b.geometry.pieces if rank in p.kept_by}
+        kept = {(id(b), p.rect) for b in chunk.bundles for p in wanted_by(rank, b.geometry) if rank in p.kept_by}
         self._kept = [parcel for parcel in self.wanted.parcels if (id(parcel.bundle), parcel.rect) in kept]
         # Looked up once, for all steps: the parcels of each owned bundle, and where each lent parcel's bytes are held.
         self._by_bundle = [

@@ -11,12 +11,13 @@ limit. The largest come first, so that the return trip of the last chunk, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heappop, heappush
 from typing import NamedTuple
 
-from muon_dist.layout import Geometry, Matrix, Piece, Rect
+from muon_dist.layout import Geometry, Matrix, Piece, Rect, held_by, wanted_by
 from muon_dist.wire import WireFormat
 
 # How much more than the mean a rank may do for the sake of matrices that then need not travel.
@@ -69,22 +70,20 @@ class Chunk:
 
     def held(self, rank: int, ranks: int, wire: WireFormat) -> Side:
         """The rank's pieces, ordered by their owners."""
-        return _side([(b.owner, b, p) for b, p in self._pieces() if p.rank == rank], ranks, wire)
+        return _side([(b.owner, b, p) for b in self.bundles for p in held_by(rank, b.geometry)], ranks, wire)
 
     def owned(self, rank: int, ranks: int, wire: WireFormat) -> Side:
         """All pieces of the matrices that the rank owns, ordered by their holders."""
-        return _side([(p.rank, b, p) for b, p in self._pieces() if b.owner == rank], ranks, wire)
+        return _side([(p.rank, b, p) for b in self.bundles if b.owner == rank for p in b.geometry.pieces], ranks, wire)
 
     def lent(self, rank: int, ranks: int, wire: WireFormat) -> Side:
         """The rank's pieces, once for each rank that wants them, ordered by those ranks."""
-        return _side([(to, b, p) for b, p in self._pieces() if p.rank == rank for to in p.wanted_by], ranks, wire)
+        held = ((b, p) for b in self.bundles for p in held_by(rank, b.geometry))
+        return _side([(to, b, p) for b, p in held for to in p.wanted_by], ranks, wire)
 
     def wanted(self, rank: int, ranks: int, wire: WireFormat) -> Side:
         """The pieces that the rank wants, ordered by their holders."""
-        return _side([(p.rank, b, p) for b, p in self._pieces() if rank in p.wanted_by], ranks, wire)
-
-    def _pieces(self) -> Iterator[tuple[Bundle, Piece]]:
-        return ((bundle, piece) for bundle in self.bundles for piece in bundle.geometry.pieces)
+        return _side([(p.rank, b, p) for b in self.bundles for p in wanted_by(rank, b.geometry)], ranks, wire)
 
 
 @dataclass(frozen=True)
@@ -126,19 +125,25 @@ def make_plan(matrices: Sequence[Matrix], ranks: int, wire: WireFormat, chunk_by
         chunk_bytes: bound on each buffer of a chunk on any rank. A matrix larger than this is a chunk of its own.
     """
     costs = [polar_flops(m.geometry.rows, m.geometry.cols) for m in matrices]
+    geometries = sorted({m.geometry for m in matrices})
+    places = {geometry: place for place, geometry in enumerate(geometries)}
     # Equal geometries stay together among equal costs, to be batched.
-    order = sorted(range(len(matrices)), key=lambda i: (-costs[i], matrices[i].geometry, i))
+    order = sorted(range(len(matrices)), key=lambda i: (-costs[i], places[matrices[i].geometry], i))
     fair = _MAX_IMBALANCE * sum(costs) / ranks
     owners = [0] * len(matrices)
     before = [0] * len(matrices)  # FLOPs of its owner's until it is its turn
     loads = [0] * ranks
+    lightest = [(0, rank) for rank in range(ranks)]  # a heap; entries that are no rank's load any more are left in it
     for i in order:
-        owner = _main_holder(matrices[i].geometry)
+        owner = matrices[i].geometry.main_holder
         if owner is None or loads[owner] + costs[i] > fair:
-            owner = loads.index(min(loads))
+            while lightest[0][0] != loads[lightest[0][1]]:
+                heappop(lightest)
+            owner = lightest[0][1]
         owners[i], before[i] = owner, loads[owner]
         loads[owner] += costs[i]
-    sizes = {geometry: _Size.of(geometry, ranks, wire) for geometry in {m.geometry for m in matrices}}
+        heappush(lightest, (loads[owner], owner))
+    sizes = {geometry: _Size.of(geometry, ranks, wire) for geometry in geometries}
     chunks: list[Chunk] = []
     pending: list[int] = []
     filled = _Fill(ranks)
@@ -152,12 +157,6 @@ def make_plan(matrices: Sequence[Matrix], ranks: int, wire: WireFormat, chunk_by
     if pending:
         chunks.append(_chunk(pending, owners, matrices))
     return Plan(ranks, tuple(matrices), tuple(owners), tuple(chunks))
-
-
-def _main_holder(geometry: Geometry) -> int | None:
-    """The rank that holds more than two thirds of a matrix, if there is one."""
-    enough = geometry.rows * geometry.cols * 2 / 3
-    return next((piece.rank for piece in geometry.pieces if piece.rect.numel > enough), None)
 
 
 class _Size(NamedTuple):

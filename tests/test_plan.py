@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import tracemalloc
 from collections.abc import Sequence
 
 import pytest
@@ -84,11 +85,14 @@ def test_pieces_cover_a_matrix_once_and_are_wanted_by_every_replica(
     assert all(count == 1 for row in covered for count in row)
 
 
-@pytest.mark.parametrize("ranks", [8, 64])
+@pytest.mark.parametrize("ranks", [8, 64, 512])
 def test_llama_8b_is_balanced(ranks: int) -> None:
+    """Against the best that whole matrices allow: the mean, or, once there are more ranks than matrices, the largest
+    matrix."""
     plan = make_plan(matrices(LLAMA_8B, home(1, ranks)), ranks, WIRE, 128 << 20)
-    assert plan.imbalance <= 1.1
-    assert sum(plan.flops) == sum(polar_flops(*shape) for shape in LLAMA_8B)
+    work = [polar_flops(*shape) for shape in LLAMA_8B]
+    assert sum(plan.flops) == sum(work)
+    assert max(plan.flops) <= 1.1 * max(sum(work) / ranks, *work)
 
 
 def test_no_more_bytes_travel_than_the_matrices_need() -> None:
@@ -153,9 +157,28 @@ def test_a_matrix_larger_than_a_chunk_travels_alone() -> None:
     assert [len(chunk.bundles) for chunk in plan.chunks] == [1, 1, 1]
 
 
-def test_a_large_plan_is_made_quickly() -> None:
-    where = home(1, 64)
-    many = matrices(LLAMA_8B[:7] * 150, where)
+def test_a_plan_of_ten_thousand_matrices_on_1024_ranks_is_made_quickly_and_stays_small() -> None:
+    """About 0.2 s and 3 MiB. What depends on the ranks is walked once a geometry, and a rank keeps its own sides."""
+    ranks = 1024
+    many = matrices(LLAMA_8B[:7] * 1429, home(1, ranks))
     started = time.perf_counter()
-    make_plan(many, 64, WIRE, 128 << 20)
-    assert time.perf_counter() - started < 10
+    plan = make_plan(many, ranks, WIRE, 128 << 20)
+    assert time.perf_counter() - started < 2
+    tracemalloc.start()
+    make_plan(many, ranks, WIRE, 128 << 20)
+    sides = [side(5, ranks, WIRE) for chunk in plan.chunks for side in (chunk.held, chunk.owned)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 32 << 20
+    assert sum(len(side.parcels) for side in sides) < 3 * len(many)
+
+
+def test_layers_share_their_geometry() -> None:
+    """Also where replicas send the momentum by turns: else connecting walks ranks times matrices."""
+    copies, ranks = 2, 8
+    where = tuple((r // 4, r // 2 % 2, r % 2) for r in range(ranks))
+    cut_both_ways = Home(tuple(range(ranks)), (2, 2, 2), where, (Replicate(), Shard(0), Shard(1)))
+    assert cut_both_ways.momentum_copies == copies
+    assert home(2, 4).momentum_copies == home(1, 8).momentum_copies == 1
+    senders = [{p.rank for p in geometry_of(64, 64, cut_both_ways, turn).pieces} for turn in range(copies)]
+    assert senders == [set(range(4)), set(range(4, 8))]
