@@ -55,6 +55,8 @@ MODELS = {
     "135m": Model(32000, 768, 2048, layers=12, heads=12, key_value_heads=12),
     "llama-1b": Model(128256, 2048, 8192, layers=16, heads=32, key_value_heads=8, tied=True),  # Llama 3.2
     "llama-8b": Model(128256, 4096, 14336, layers=32, heads=32, key_value_heads=8, recomputes=True),  # Llama 3.1
+    "llama-70b": Model(128256, 8192, 28672, layers=80, heads=64, key_value_heads=8, recomputes=True),
+    "moe-1t": Model(163840, 7168, 2048, layers=60, heads=64, key_value_heads=64, experts=384),  # as large as Kimi K2
 }
 
 
