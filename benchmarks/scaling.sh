@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What matters of scaling.py, on 1, 2, 4, ... GPUs of this machine; the tables come last. About 4 minutes on 2 H100s.
+# What matters of scaling.py, on 1, 2, 4, ... GPUs of this machine; the tables come last.
 #     bash benchmarks/scaling.sh FOLDER [GPUS]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
