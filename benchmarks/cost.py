@@ -8,7 +8,7 @@ as long as their slowest rank. Kernels take what benchmarks/README.md measured o
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,18 +19,19 @@ from models import Model
 from muon_dist.exchange import BATCH_ELEMENTS
 from muon_dist.grouping import assign
 from muon_dist.layout import Geometry, Matrix, wanted_by
-from muon_dist.options import DEFAULT_CHUNK_BYTES, MomentumState, Wire
-from muon_dist.plan import Chunk, Plan, make_plan
+from muon_dist.memory import estimated_state_bytes
+from muon_dist.options import DEFAULT_CHUNK_BYTES, MomentumState, Options, Wire
+from muon_dist.plan import Chunk, make_plan
 from muon_dist.polar.newton_schulz import GRAM_FROM_ASPECT
 from muon_dist.sharding import Home, geometry_of
 from muon_dist.wire import WireFormat, wire_format
 
 _BF16 = 2  # bytes of a parameter's element, and of its gradient's
-_MOMENTUM = {"fp32": 4.0, "bf16": 2.0, "linear8": 1 + 2 / 128, "dynamic8": 1 + 2 / 128}  # bytes an element
-_ADAMW = 8  # bytes of two fp32 moments
-# Bytes read and written at the owner, an element, to unpack pieces and pack them again: copies of plain numbers; plain
-# torch decodes and encodes int8 in some twenty passes.
-_UNPACK = {"fp32": 16, "bf16": 8, "int8": 70}
+_MOMENTS = 8  # bytes of AdamW's two, an element
+# Bytes read and written at the owner, an element, to unpack pieces and pack them again: plain numbers are copied,
+# codes are decoded and encoded by plain torch in some twenty passes.
+_COPY_BYTES = {"fp32": 16, "bf16": 8}
+_RECODE_BYTES = 70
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,20 @@ class ChunkCost:
 
 def predict(job: Job, machine: Machine) -> Prediction:
     """Plans the job and runs the plan through the model."""
-    matrices, others = _parameters(job)
+    matrices, others, state = _parameters(job)
     wire = wire_format(job.wire)
     plan = make_plan(matrices, job.ranks, wire, job.chunk_bytes)
-    chunks = [_chunk_cost(chunk, job, wire, machine) for chunk in plan.chunks]
-    adamw = others / job.shards * (3 * _BF16 + 2 * _ADAMW) / machine.memory_rate
+    elements = sum(m.geometry.rows * m.geometry.cols for m in matrices)
+    momentum = state / elements * job.ranks
+    chunks = [_chunk_cost(chunk, job, momentum, wire, machine) for chunk in plan.chunks]
+    adamw = others / job.shards * (3 * _BF16 + 2 * _MOMENTS) / machine.memory_rate
+    buffers = 2 * max(chunk.buffers for chunk in chunks)
     seconds = _timeline(chunks, adamw, job.ranks)
     hidden = [replace(chunk, travel=0.0, spread=0.0) for chunk in chunks]
-    polar: Counter[int] = Counter()
+    polar: defaultdict[int, float] = defaultdict(float)
     for chunk in chunks:
-        polar.update(chunk.polar)
+        for owner, took in chunk.polar.items():
+            polar[owner] += took
     return Prediction(
         seconds,
         seconds - _timeline(hidden, adamw, job.ranks),
@@ -113,7 +118,7 @@ def predict(job: Job, machine: Machine) -> Prediction:
         plan.imbalance,
         len(chunks),
         sum(len(chunk.polar) for chunk in chunks) / len(chunks) / job.ranks,
-        _memory(job, plan, others, max(chunk.buffers for chunk in chunks)),
+        (elements + others) / job.shards * 2 * _BF16 + state + others / job.shards * _MOMENTS + buffers,
     )
 
 
@@ -124,17 +129,26 @@ def batch_seconds(short: int, long: int, count: int, machine: Machine) -> float:
     return count * 5 * (3 * short**2 * long + short**3) / machine.polar_rate + machine.standard_overhead
 
 
-def _parameters(job: Job) -> tuple[list[Matrix], int]:
-    """The matrices, and the number of elements that AdamW trains."""
+def _parameters(job: Job) -> tuple[list[Matrix], int, int]:
+    """The matrices; the number of elements that AdamW trains; bytes of momentum on a rank."""
     where = tuple((rank // job.shards, rank % job.shards) for rank in range(job.ranks))
     home = Home(tuple(range(job.ranks)), (job.replicas, job.shards), where, (Replicate(), Shard(0)))
     shapes = job.model.parameters()
     grouping = assign((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
-    matrices = [Matrix(a.name, geometry_of(*a.shape, home)) for a in grouping if a.algorithm == "muon"]
-    return matrices, sum(math.prod(a.shape) for a in grouping if a.algorithm == "adamw")
+    muon = [a for a in grouping if a.algorithm == "muon"]
+    examples = {a.shape: a for a in muon}
+    counts = Counter(a.shape for a in muon)
+    options = Options(momentum_state=job.state)
+    state = sum(
+        counts[shape] * estimated_state_bytes([a], shards=job.shards, replicas=job.replicas, options=options)
+        for shape, a in examples.items()
+    )
+    others = sum(math.prod(a.shape) for a in grouping if a.algorithm == "adamw")
+    return [Matrix(a.name, geometry_of(*a.shape, home)) for a in muon], others, state
 
 
-def _chunk_cost(chunk: Chunk, job: Job, wire: WireFormat, machine: Machine) -> ChunkCost:
+def _chunk_cost(chunk: Chunk, job: Job, momentum: float, wire: WireFormat, machine: Machine) -> ChunkCost:
+    """``momentum`` is in bytes an element."""
     counts: Counter[Geometry] = Counter()
     for bundle in chunk.bundles:
         counts[bundle.geometry] += len(bundle.matrices)
@@ -149,7 +163,7 @@ def _chunk_cost(chunk: Chunk, job: Job, wire: WireFormat, machine: Machine) -> C
         wanted += count * sum(piece.rect.numel for piece in mine)
         wanted_bytes += count * sum(wire.nbytes(piece.rect.rows, piece.rect.cols) for piece in mine)
     held_bytes = sum(n * wire.nbytes(g.pieces[0].rect.rows, g.pieces[0].rect.cols) for g, n in counts.items())
-    polar: Counter[int] = Counter()
+    polar: defaultdict[int, float] = defaultdict(float)
     owned: Counter[int] = Counter()
     for bundle in chunk.bundles:
         rows, cols, parts = bundle.geometry.rows, bundle.geometry.cols, len(bundle.geometry.pieces)
@@ -159,9 +173,9 @@ def _chunk_cost(chunk: Chunk, job: Job, wire: WireFormat, machine: Machine) -> C
         polar[bundle.owner] += sum(
             batch_seconds(short, long, min(batch, count - first), machine) for first in range(0, count, batch)
         )
-        if parts > 1 or job.wire == "int8":
-            polar[bundle.owner] += count * rows * cols * _UNPACK[job.wire] / machine.memory_rate
-    momentum = _MOMENTUM[job.state]
+        if parts > 1 or job.wire not in _COPY_BYTES:
+            unpack = _COPY_BYTES.get(job.wire, _RECODE_BYTES)
+            polar[bundle.owner] += count * rows * cols * unpack / machine.memory_rate
     spread_bytes = max((spread.wanted(0, job.ranks, wire).nbytes for spread in chunk.spreads), default=0)
     return ChunkCost(
         accumulate=max(
@@ -216,9 +230,3 @@ def _timeline(chunks: Sequence[ChunkCost], adamw: float, ranks: int) -> float:
         network = max(network, side)
         side += chunk.apply
     return max(side, *current)
-
-
-def _memory(job: Job, plan: Plan, others: int, buffers: int) -> float:
-    elements = sum(m.geometry.rows * m.geometry.cols for m in plan.matrices)
-    momentum = _MOMENTUM[job.state] * elements / job.ranks
-    return (elements + others) / job.shards * 2 * _BF16 + momentum + others / job.shards * _ADAMW + 2 * buffers
