@@ -11,7 +11,7 @@ mkdir -p "$folder"
 measure() {
     local ranks=$1
     shift
-    torchrun --standalone --nproc-per-node "$ranks" benchmarks/scaling.py --at "$gpus" --seconds 3 \
+    torchrun --standalone --nproc-per-node "$ranks" benchmarks/scaling.py --at "$gpus" --seconds 2 \
         --out "$folder/scaling.json" "$@"
 }
 
