@@ -27,9 +27,9 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from adamw8 import BlockwiseAdamW
 from torch import nn
 
+from adamw8 import BlockwiseAdamW
 from muon_dist import DistMuon
 from muon_dist.launch.config import ModelName, TrainConfig
 from muon_dist.launch.data import Batches, TextData, load_text

@@ -19,6 +19,8 @@ from muon_dist.launch.config import UsageError
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What mpirun sets: Open MPI's, and that of MPICH, Intel MPI and MVAPICH.
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# What srun sets in the tasks that it starts.
+SLURM_SIZE_VARIABLE = "SLURM_STEP_NUM_TASKS"
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ def read_environment(variables: MutableMapping[str, str]) -> Environment:
         size_variable = next((name for name in MPI_SIZE_VARIABLES if variables.get(name, "1") != "1"), None)
         if size_variable is not None:
             variables.update(meet_over_mpi(size_variable, variables[size_variable]))
+        elif variables.get(SLURM_SIZE_VARIABLE, "1") != "1":
+            raise UsageError(
+                f"srun started {variables[SLURM_SIZE_VARIABLE]} processes ({SLURM_SIZE_VARIABLE}), and no launcher has "
+                f"told them of each other: sbatch launch/slurm.sbatch starts torchrun once a node"
+            )
     rank, world_size, local_rank = 0, 1, 0
     if started_by_launcher(variables):
         rank, world_size, local_rank = (number(variables, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))

@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muon_dist.layout import Rect
-from muon_dist.plan import Bundle, Chunk, Parcel, Side
+from muon_dist.layout import Geometry, Rect, wanted_by
+from muon_dist.plan import Chunk, Parcel, Side
+from muon_dist.strips import Strip, strips
 from muon_dist.wire import WireFormat
 
 # Elements of the Gram matrices of a batch: bounds the workspace of the polar factor. A batch of 8 with 2048 rows fills
 # the chip.
-_BATCH_ELEMENTS = 8 * 2048**2
+BATCH_ELEMENTS = 8 * 2048**2
 
 
 class Buffers(NamedTuple):
@@ -55,22 +56,21 @@ class Exchange:
         rank, ranks = (group.rank(), group.size()) if group is not None else (0, 1)
         self._wire = wire
         self._group = group
-        self.replicated = chunk.replicated
         self.held = chunk.held(rank, ranks, wire)
         self.owned = chunk.owned(rank, ranks, wire)
-        empty = Side((), (0,) * ranks)
-        self.lent = chunk.lent(rank, ranks, wire) if self.replicated else empty
-        self.wanted = chunk.wanted(rank, ranks, wire) if self.replicated else empty
-        kept = {(id(b), p.rect) for b in chunk.bundles for p in b.geometry.pieces if rank in p.kept_by}
-        self._kept = [parcel for parcel in self.wanted.parcels if (id(parcel.bundle), parcel.rect) in kept]
-        # Looked up once, for all steps: the parcels of each owned bundle, and where each lent parcel's bytes are held.
-        self._by_bundle = [
-            (bundle, [parcel for parcel in self.owned.parcels if parcel.bundle is bundle])
-            for bundle in chunk.bundles
-            if bundle.owner == rank
-        ]
+        spreads = chunk.spreads if group is not None else ()
+        self.lent = [spread.lent(rank, ranks, wire) for spread in spreads]
+        self.wanted = [spread.wanted(rank, ranks, wire) for spread in spreads]
+        kept = {(id(b), p.rect) for b in chunk.bundles for p in wanted_by(rank, b.geometry) if rank in p.kept_by}
+        wanted = [parcel for side in self.wanted for parcel in side.parcels]
+        self._kept = [parcel for parcel in wanted if (id(parcel.bundle), parcel.rect) in kept]
+        # Looked up once, for all steps: the pieces of each owned bundle, and where each lent parcel's bytes are held.
+        by_bundle: dict[int, list[Parcel]] = {}
+        for parcel in self.owned.parcels:
+            by_bundle.setdefault(id(parcel.bundle), []).append(parcel)
+        self._owned = [(parcels[0].bundle, strips(parcels)) for parcels in by_bundle.values()]
         held = {(id(parcel.bundle), parcel.rect): parcel for parcel in self.held.parcels}
-        self._lent_from = [(parcel, held[id(parcel.bundle), parcel.rect]) for parcel in self.lent.parcels]
+        self._lent_from = [[(p, held[id(p.bundle), p.rect]) for p in side.parcels] for side in self.lent]
 
     def pack_held(self, pack: Callable[[Sequence[PackedPiece]], None], buffers: Buffers) -> None:
         """Has ``pack`` fill the bytes of all held pieces.
@@ -90,47 +90,57 @@ class Exchange:
         It takes ``[n, rows, cols]``, at most about a batch, and where it may put the result, if it can lie in the
         buffer as it is.
         """
-        for bundle, parcels in self._by_bundle:
+        for bundle, parts in self._owned:
             geometry, frame = bundle.geometry, bundle.geometry.frame
-            count = max(1, _BATCH_ELEMENTS // min(geometry.rows, geometry.cols) ** 2)
-            for first in range(0, len(bundle.matrices), count):
-                rows = [_rows(parcel, buffers.owned)[first : first + count] for parcel in parcels]
-                matrices = self._assembled(bundle, parcels, rows).view(-1, geometry.rows, geometry.cols)
-                out = self._wire.back.view(rows[0], geometry.rows, geometry.cols) if len(parcels) == 1 else None
+            count = max(1, BATCH_ELEMENTS // min(geometry.rows, geometry.cols) ** 2)
+            for start in range(0, len(bundle.matrices), count):
+                stop = min(start + count, len(bundle.matrices))
+                packed = [strip.in_buffer(buffers.owned, start, stop) for strip in parts]
+                matrices = self._assembled(frame, parts, packed).view(-1, geometry.rows, geometry.cols)
+                out = self._in_place(geometry, parts, packed)
                 updates = function(matrices, out)
                 if updates is out:
                     continue
                 updates = updates.reshape(-1, *frame)  # a copy only where runs of a transposed result are cut
-                for parcel, packed in zip(parcels, rows, strict=True):
-                    self._wire.back.pack(updates[(slice(None), *parcel.rect.slices)], packed)
+                for strip, nbytes in zip(parts, packed, strict=True):
+                    self._wire.back.pack(strip.of_whole(updates), nbytes)
 
     def scatter(self, buffers: Buffers) -> dist.Work | None:
         """Starts the way from the owners back to the holders."""
         return self._trade(buffers.owned, self.owned, buffers.held, self.held)
 
-    def spread(self, buffers: Buffers) -> dist.Work | None:
-        """Starts the way from the holders to all replicas; None where there are no others."""
-        if not self.replicated or self._group is None:
+    def apply_updates(self, apply: Callable[[Sequence[PackedPiece]], None], buffers: Buffers) -> None:
+        """Has ``apply`` read the bytes of all pieces that this rank wants; from replicas they come part by part."""
+        if not self.wanted:
+            apply(list(_pieces(self.held.parcels, buffers.held)))
+        for lent, wanted, lent_from in zip(self.lent, self.wanted, self._lent_from, strict=True):
+            if lent_from:
+                targets, sources = zip(
+                    *((_rows(p, buffers.lent), _rows(h, buffers.held)) for p, h in lent_from), strict=True
+                )
+                torch._foreach_copy_(targets, sources)  # many small copies in few launches
+            if spreading := self._trade(buffers.lent, lent, buffers.wanted, wanted):
+                spreading.wait()
+            apply(list(_pieces(wanted.parcels, buffers.wanted)))
+
+    def _assembled(self, frame: tuple[int, int], parts: Sequence[Strip], packed: Sequence[Tensor]) -> Tensor:
+        """Whole matrices, ``[n, *frame]``, from their bytes; in the buffer itself where these lie without a gap."""
+        shapes = [(strip.first.rect.rows, strip.first.rect.cols) for strip in parts]
+        pieces = [self._wire.unpack(nbytes, *shape) for nbytes, shape in zip(packed, shapes, strict=True)]
+        if len(parts) == 1:
+            return parts[0].in_order(pieces[0]).reshape(-1, *frame)
+        whole = pieces[0].new_empty((len(packed[0]), *frame))
+        for strip, unpacked in zip(parts, pieces, strict=True):
+            strip.of_whole(whole).copy_(unpacked)
+        return whole
+
+    def _in_place(self, geometry: Geometry, parts: Sequence[Strip], packed: Sequence[Tensor]) -> Tensor | None:
+        """The buffer as the whole matrices of what goes back, if they lie there without a gap."""
+        rect = parts[0].first.rect
+        pieces = self._wire.back.view(packed[0], rect.rows, rect.cols) if len(parts) == 1 else None
+        if pieces is None or not parts[0].in_order(pieces).is_contiguous():
             return None
-        for lent, held in self._lent_from:
-            _rows(lent, buffers.lent).copy_(_rows(held, buffers.held))
-        return self._trade(buffers.lent, self.lent, buffers.wanted, self.wanted)
-
-    def unpack_updates(self, apply: Callable[[Sequence[PackedPiece]], None], buffers: Buffers) -> None:
-        """Has ``apply`` read the bytes of all pieces that this rank wants."""
-        spread = self.replicated and self._group is not None
-        side, buffer = (self.wanted, buffers.wanted) if spread else (self.held, buffers.held)
-        apply(list(_pieces(side.parcels, buffer)))
-
-    def _assembled(self, bundle: Bundle, parcels: Sequence[Parcel], rows: Sequence[Tensor]) -> Tensor:
-        """Whole matrices, ``[n, *frame]``, from the bytes of their pieces; those in one piece are not copied."""
-        pieces = [(p.rect, self._wire.unpack(r, p.rect.rows, p.rect.cols)) for p, r in zip(parcels, rows, strict=True)]
-        if len(pieces) == 1:
-            return pieces[0][1]
-        stack = pieces[0][1].new_empty((len(rows[0]), *bundle.geometry.frame))
-        for rect, piece in pieces:
-            stack[(slice(None), *rect.slices)] = piece
-        return stack
+        return pieces.view(-1, geometry.rows, geometry.cols)
 
     def _trade(self, sent: Tensor, sender: Side, received: Tensor, receiver: Side) -> dist.Work | None:
         if self._group is None:
@@ -149,13 +159,15 @@ class Exchange:
 def new_buffers(exchanges: Sequence[Exchange], group: dist.ProcessGroup | None, device: torch.device) -> Buffers:
     """Buffers that are large enough for any of ``exchanges``."""
 
-    def largest(side: Callable[[Exchange], Side]) -> Tensor:
-        return torch.empty(max(side(exchange).nbytes for exchange in exchanges), dtype=torch.uint8, device=device)
+    def buffer(sides: Iterable[Side]) -> Tensor:
+        return torch.empty(max((side.nbytes for side in sides), default=0), dtype=torch.uint8, device=device)
 
-    held = largest(lambda exchange: exchange.held)
+    held = buffer(exchange.held for exchange in exchanges)
     if group is None:
         return Buffers(held, held, held, held)
-    return Buffers(held, *(largest(side) for side in (lambda e: e.owned, lambda e: e.lent, lambda e: e.wanted)))
+    owned = buffer(exchange.owned for exchange in exchanges)
+    lent = buffer(side for exchange in exchanges for side in exchange.lent)
+    return Buffers(held, owned, lent, buffer(side for exchange in exchanges for side in exchange.wanted))
 
 
 def _pieces(parcels: Iterable[Parcel], buffer: Tensor) -> Iterator[PackedPiece]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 
@@ -53,23 +54,52 @@ class Piece(NamedTuple):
     kept_by: tuple[int, ...] = ()
 
 
-class Geometry(NamedTuple):
-    """Shape of a matrix and its pieces, ordered by rank. Matrices of equal geometry are batched."""
+@dataclass(frozen=True, order=True)
+class Geometry:
+    """Shape of a matrix and its pieces, ordered by rank. Matrices of equal geometry are batched.
+
+    There are few of them in a model, each with a piece a rank: what takes a walk over the pieces is kept.
+    """
 
     rows: int
     cols: int
     pieces: tuple[Piece, ...]
     flat: bool = False  # the pieces are runs of the flattened matrix
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.rows, self.cols, self.pieces, self.flat))
+
     @property
     def frame(self) -> tuple[int, int]:
         """Shape of what the pieces are rectangles of: the matrix, or all of it as one row."""
         return (1, self.rows * self.cols) if self.flat else (self.rows, self.cols)
 
-    @property
+    @cached_property
     def replicated(self) -> bool:
         """Whether updates go to more ranks than those that hold the momentum."""
         return any(piece.wanted_by != (piece.rank,) for piece in self.pieces)
+
+    @cached_property
+    def main_holder(self) -> int | None:
+        """The rank that holds more than two thirds of the matrix, if there is one."""
+        enough = self.rows * self.cols * 2 / 3
+        return next((piece.rank for piece in self.pieces if piece.rect.numel > enough), None)
+
+
+@lru_cache(maxsize=4096)
+def held_by(rank: int, geometry: Geometry) -> tuple[Piece, ...]:
+    """The pieces that a rank holds; cached, since layers repeat."""
+    return tuple(piece for piece in geometry.pieces if piece.rank == rank)
+
+
+@lru_cache(maxsize=4096)
+def wanted_by(rank: int, geometry: Geometry) -> tuple[Piece, ...]:
+    """The pieces that a rank wants; cached, since layers repeat."""
+    return tuple(piece for piece in geometry.pieces if rank in piece.wanted_by)
 
 
 class Extent(NamedTuple):

@@ -77,7 +77,7 @@ class DistMuon(torch.optim.Optimizer):
         polar_dtype: arithmetic of the iteration; by default fp16 on accelerators and fp32 on CPU.
         wire: how matrices travel to their owners and back: "fp32", "bf16" (fp16 on the way back), "int8", "nf4".
         chunk_bytes: bound on each of the exchange's buffers on a rank (there are four, or two in a single process). A
-            matrix that is larger travels alone.
+            matrix that is larger sets the bound itself.
         adamw_lr, adamw_betas, adamw_eps: of the AdamW part.
         adamw_weight_decay: of embeddings, heads and stacks. Vectors and scalars are not decayed; give them a group with
             ``algorithm="adamw"`` and a ``weight_decay`` if they should be.

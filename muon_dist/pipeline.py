@@ -74,9 +74,7 @@ class Pipeline:
             returned = self._departed(exchange.scatter(buffers))
             with self._streams.stream(self._side), record_function("muon_dist.apply"):
                 returned.wait()
-                if spreading := exchange.spread(buffers):
-                    spreading.wait()
-                exchange.unpack_updates(work.apply, buffers)
+                exchange.apply_updates(work.apply, buffers)
         current.wait_stream(self._side)
 
     def _gather(self, k: int, work: MatrixWork, slots: list[Buffers]) -> _Waitable:

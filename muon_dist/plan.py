@@ -11,16 +11,20 @@ limit. The largest come first, so that the return trip of the last chunk, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heappop, heappush
 from typing import NamedTuple
 
-from muon_dist.layout import Geometry, Matrix, Piece, Rect
+from muon_dist.layout import Geometry, Matrix, Piece, Rect, held_by, wanted_by
 from muon_dist.wire import WireFormat
 
 # How much more than the mean a rank may do for the sake of matrices that then need not travel.
 _MAX_IMBALANCE = 1.05
+# Of a matrix with more holders only the fullest is counted, as if all ranks held as much: with row shards the first
+# rank does.
+_FEW_HOLDERS = 64
 
 
 class Bundle(NamedTuple):
@@ -51,40 +55,40 @@ class Side(NamedTuple):
         return sum(self.splits)
 
 
+class Spread(NamedTuple):
+    """Bundles whose updates spread to replicas together: from each rank's ``lent`` to the ``wanted`` of others."""
+
+    bundles: tuple[Bundle, ...]
+
+    def lent(self, rank: int, ranks: int, wire: WireFormat) -> Side:
+        """The rank's pieces, once for each rank that wants them, ordered by those ranks."""
+        held = ((b, p) for b in self.bundles for p in held_by(rank, b.geometry))
+        return _side([(to, b, p) for b, p in held for to in p.wanted_by], ranks, wire)
+
+    def wanted(self, rank: int, ranks: int, wire: WireFormat) -> Side:
+        """The pieces that the rank wants, ordered by their holders."""
+        return _side([(p.rank, b, p) for b in self.bundles for p in wanted_by(rank, b.geometry)], ranks, wire)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Matrices that travel together.
 
     Gathering goes from each rank's ``held`` to the ``owned`` of others, scattering back the same way. Where
-    parameters are replicated, the updates then spread from ``lent`` to ``wanted``. Both ends of an exchange walk the
-    bundles in the same order, so their buffers agree.
+    parameters are replicated, the updates then spread, a part of the chunk after the other: replicas want many times
+    what they hold. Both ends of an exchange walk the bundles in the same order, so their buffers agree.
     """
 
     bundles: tuple[Bundle, ...]
-
-    @property
-    def replicated(self) -> bool:
-        """Whether updates have to spread to replicas."""
-        return any(bundle.geometry.replicated for bundle in self.bundles)
+    spreads: tuple[Spread, ...]  # none where every piece is wanted by its holder alone
 
     def held(self, rank: int, ranks: int, wire: WireFormat) -> Side:
         """The rank's pieces, ordered by their owners."""
-        return _side([(b.owner, b, p) for b, p in self._pieces() if p.rank == rank], ranks, wire)
+        return _side([(b.owner, b, p) for b in self.bundles for p in held_by(rank, b.geometry)], ranks, wire)
 
     def owned(self, rank: int, ranks: int, wire: WireFormat) -> Side:
         """All pieces of the matrices that the rank owns, ordered by their holders."""
-        return _side([(p.rank, b, p) for b, p in self._pieces() if b.owner == rank], ranks, wire)
-
-    def lent(self, rank: int, ranks: int, wire: WireFormat) -> Side:
-        """The rank's pieces, once for each rank that wants them, ordered by those ranks."""
-        return _side([(to, b, p) for b, p in self._pieces() if p.rank == rank for to in p.wanted_by], ranks, wire)
-
-    def wanted(self, rank: int, ranks: int, wire: WireFormat) -> Side:
-        """The pieces that the rank wants, ordered by their holders."""
-        return _side([(p.rank, b, p) for b, p in self._pieces() if rank in p.wanted_by], ranks, wire)
-
-    def _pieces(self) -> Iterator[tuple[Bundle, Piece]]:
-        return ((bundle, piece) for bundle in self.bundles for piece in bundle.geometry.pieces)
+        return _side([(p.rank, b, p) for b in self.bundles if b.owner == rank for p in b.geometry.pieces], ranks, wire)
 
 
 @dataclass(frozen=True)
@@ -123,60 +127,66 @@ def make_plan(matrices: Sequence[Matrix], ranks: int, wire: WireFormat, chunk_by
         matrices: all matrices of one process group, the same list on every rank.
         ranks: size of the process group.
         wire: what the bytes are counted in.
-        chunk_bytes: bound on each buffer of a chunk on any rank. A matrix larger than this is a chunk of its own.
+        chunk_bytes: bound on each buffer of a chunk on any rank. A matrix that is larger sets the bound itself: its
+            owner's buffer has to hold it, and the others may then hold as much.
     """
     costs = [polar_flops(m.geometry.rows, m.geometry.cols) for m in matrices]
+    geometries = sorted({m.geometry for m in matrices})
+    places = {geometry: place for place, geometry in enumerate(geometries)}
     # Equal geometries stay together among equal costs, to be batched.
-    order = sorted(range(len(matrices)), key=lambda i: (-costs[i], matrices[i].geometry, i))
+    order = sorted(range(len(matrices)), key=lambda i: (-costs[i], places[matrices[i].geometry], i))
     fair = _MAX_IMBALANCE * sum(costs) / ranks
     owners = [0] * len(matrices)
     before = [0] * len(matrices)  # FLOPs of its owner's until it is its turn
     loads = [0] * ranks
+    lightest = [(0, rank) for rank in range(ranks)]  # a heap; entries that are no rank's load any more are left in it
     for i in order:
-        owner = _main_holder(matrices[i].geometry)
+        owner = matrices[i].geometry.main_holder
         if owner is None or loads[owner] + costs[i] > fair:
-            owner = loads.index(min(loads))
+            while lightest[0][0] != loads[lightest[0][1]]:
+                heappop(lightest)
+            owner = lightest[0][1]
         owners[i], before[i] = owner, loads[owner]
         loads[owner] += costs[i]
-    sizes = {geometry: _Size.of(geometry, ranks, wire) for geometry in {m.geometry for m in matrices}}
+        heappush(lightest, (loads[owner], owner))
+    sizes = {geometry: _Size.of(geometry, ranks, wire) for geometry in geometries}
+    limit = max([chunk_bytes, *(size.owner for size in sizes.values())])
     chunks: list[Chunk] = []
     pending: list[int] = []
     filled = _Fill(ranks)
     for i in sorted(order, key=before.__getitem__):
         size = sizes[matrices[i].geometry]
-        if pending and filled.after(owners[i], size) > chunk_bytes:
-            chunks.append(_chunk(pending, owners, matrices))
+        if pending and filled.after(owners[i], size) > limit:
+            chunks.append(_chunk(pending, owners, matrices, sizes, limit))
             pending, filled = [], _Fill(ranks)
         pending.append(i)
         filled.add(owners[i], size)
     if pending:
-        chunks.append(_chunk(pending, owners, matrices))
+        chunks.append(_chunk(pending, owners, matrices, sizes, limit))
     return Plan(ranks, tuple(matrices), tuple(owners), tuple(chunks))
-
-
-def _main_holder(geometry: Geometry) -> int | None:
-    """The rank that holds more than two thirds of a matrix, if there is one."""
-    enough = geometry.rows * geometry.cols * 2 / 3
-    return next((piece.rank for piece in geometry.pieces if piece.rect.numel > enough), None)
 
 
 class _Size(NamedTuple):
     """Bytes of one matrix in the buffers of the ranks that it touches."""
 
     owner: int  # at its owner: all its pieces
-    everywhere: int  # where every rank holds, or wants, a piece: the most of any of them
+    everywhere: int  # where many ranks hold a piece: the most of any of them
     holders: dict[int, int]  # where few do: of each
+    replica: int  # the most that a rank wants of it
 
     @classmethod
     def of(cls, geometry: Geometry, ranks: int, wire: WireFormat) -> _Size:
-        sizes = [wire.nbytes(piece.rect.rows, piece.rect.cols) for piece in geometry.pieces]
-        wanted: dict[int, int] = {}
-        for piece, nbytes in zip(geometry.pieces, sizes, strict=True):
-            # Replicas want the same pieces: the first of them stands for all.
-            wanted[piece.wanted_by[0]] = wanted.get(piece.wanted_by[0], 0) + nbytes
-        if geometry.replicated or 2 * len(wanted) > ranks:
-            return cls(sum(sizes), max(wanted.values(), default=0), {})
-        return cls(sum(sizes), 0, wanted)
+        holders: dict[int, int] = {}
+        replicas: dict[int, int] = {}  # by the first of those that want the same pieces
+        for piece in geometry.pieces:
+            nbytes = wire.nbytes(piece.rect.rows, piece.rect.cols)
+            holders[piece.rank] = holders.get(piece.rank, 0) + nbytes
+            replicas[piece.wanted_by[0]] = replicas.get(piece.wanted_by[0], 0) + nbytes
+        owner = sum(holders.values())
+        most, replica = (max(sizes.values(), default=0) for sizes in (holders, replicas))
+        if len(holders) > min(ranks // 2, _FEW_HOLDERS):
+            return cls(owner, most, {}, replica)
+        return cls(owner, 0, holders, replica)
 
 
 class _Fill:
@@ -202,11 +212,30 @@ class _Fill:
         return max(self.owners[owner] + size.owner, held)
 
 
-def _chunk(members: Sequence[int], owners: Sequence[int], matrices: Sequence[Matrix]) -> Chunk:
-    bundles: dict[tuple[int, Geometry], list[int]] = {}
+def _chunk(
+    members: Sequence[int],
+    owners: Sequence[int],
+    matrices: Sequence[Matrix],
+    sizes: Mapping[Geometry, _Size],
+    limit: int,
+) -> Chunk:
+    found: dict[tuple[int, Geometry], list[int]] = {}
     for i in members:
-        bundles.setdefault((owners[i], matrices[i].geometry), []).append(i)
-    return Chunk(tuple(Bundle(owner, geometry, tuple(found)) for (owner, geometry), found in bundles.items()))
+        found.setdefault((owners[i], matrices[i].geometry), []).append(i)
+    bundles = tuple(Bundle(owner, geometry, tuple(together)) for (owner, geometry), together in found.items())
+    if not any(bundle.geometry.replicated for bundle in bundles):
+        return Chunk(bundles, ())
+    spreads: list[Spread] = []
+    pending: list[Bundle] = []
+    filled = 0
+    for bundle in bundles:
+        size = sizes[bundle.geometry].replica * len(bundle.matrices)  # at most what its owner holds
+        if pending and filled + size > limit:
+            spreads.append(Spread(tuple(pending)))
+            pending, filled = [], 0
+        pending.append(bundle)
+        filled += size
+    return Chunk(bundles, (*spreads, Spread(tuple(pending))))
 
 
 def _side(pieces: Iterable[tuple[int, Bundle, Piece]], ranks: int, wire: WireFormat) -> Side:

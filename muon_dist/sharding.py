@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import torch
@@ -73,6 +73,12 @@ class Home:
             chosen.append(Shard(free.pop(0)) if shareable else placement)
         return tuple(chosen)
 
+    @cached_property
+    def momentum_copies(self) -> int:
+        """How many ranks keep the same momentum."""
+        repeated = zip(self.mesh_shape, self.momentum_placements, strict=True)
+        return math.prod(size for size, placement in repeated if placement.is_replicate())
+
     def region(self, shape: Sequence[int], placements: Placements, rank: int) -> Region:
         """The part of a tensor that lies on ``ranks[rank]`` under ``placements``."""
         extent = local_extent(shape, self.mesh_shape, self.coordinates[rank], placements)
@@ -103,7 +109,7 @@ def geometry_of(rows: int, cols: int, home: Home, turn: int = 0) -> Geometry:
     """Pieces of a ``[rows, cols]`` matrix over the ranks of ``home``; cached, since layers repeat.
 
     Args:
-        turn: which of the ranks that keep the same momentum sends it, modulo their number.
+        turn: which of the ranks that keep the same momentum sends it.
     """
     readers: dict[Rect, list[int]] = {}  # by the part of the parameter that they have
     keepers: dict[tuple[Rect, Rect], list[int]] = {}  # by that and the part of the momentum
@@ -115,7 +121,7 @@ def geometry_of(rows: int, cols: int, home: Home, turn: int = 0) -> Geometry:
             keepers.setdefault((stored, held), []).append(rank)
     pieces = []
     for (stored, held), ranks in keepers.items():
-        sender = ranks[turn % len(ranks)]
+        sender = ranks[turn]
         others = tuple(rank for rank in ranks if rank != sender)
         pieces.append(Piece(sender, held, tuple(readers[stored]), others))
     return Geometry(rows, cols, tuple(sorted(pieces)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from muon_dist.sharding import (
     unsupported_placement,
 )
 from muon_dist.state import StateLayout, flat_layout, sharded_layout
+
+_flat_geometry = lru_cache(maxsize=4096)(flat_geometry)  # layers repeat
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class TensorShard(Shard):
                 f"put it in a buffer of its own. Make the optimizer with the class that muon_dist.integrations has "
                 f"for this engine"
             )
-        return geometry_of(*self.shape, self.home, self.turn)
+        return geometry_of(*self.shape, self.home, self.turn % self.home.momentum_copies)
 
     @property
     def rect(self) -> Rect:
@@ -211,7 +214,7 @@ class FlatShard(Shard):
 
     def geometry(self) -> Geometry:
         rows, cols = self.shape
-        return flat_geometry(rows, cols, self.runs)
+        return _flat_geometry(rows, cols, self.runs)
 
     @property
     def rect(self) -> Rect:

@@ -26,7 +26,8 @@ _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"
 
 
 class WireFormat(Protocol):
-    """Turns ``n`` pieces of ``[rows, cols]`` into rows of a uint8 tensor ``[n, nbytes(rows, cols)]`` and back."""
+    """Turns pieces, ``[..., rows, cols]``, into bytes, uint8 ``[..., nbytes(rows, cols)]``, and back. The bytes of one
+    piece lie together."""
 
     @property
     def back(self) -> WireFormat:
@@ -36,16 +37,16 @@ class WireFormat(Protocol):
         """Bytes that one piece takes in the buffer."""
 
     def view(self, packed: Tensor, rows: int, cols: int) -> Tensor | None:
-        """The bytes of ``packed`` as ``[n, rows, cols]`` to be read and written, if they are plain numbers."""
+        """The bytes of ``packed`` as ``[..., rows, cols]`` to be read and written, if they are plain numbers."""
 
     def for_kernels(self, packed: Tensor, rows: int, cols: int) -> Encoded:
         """One piece (uint8 ``[nbytes]``) as kernels take it."""
 
     def pack(self, pieces: Tensor, out: Tensor) -> None:
-        """Writes ``pieces`` (``[n, rows, cols]``, floating point) into ``out`` (uint8 ``[n, nbytes]``)."""
+        """Writes ``pieces`` (``[..., rows, cols]``, floating point) into ``out`` (uint8 ``[..., nbytes]``)."""
 
     def unpack(self, packed: Tensor, rows: int, cols: int) -> Tensor:
-        """The pieces in ``packed`` (uint8 ``[n, nbytes]``) as ``[n, rows, cols]``, floating point; may be a view."""
+        """What lies in ``packed`` (uint8 ``[..., nbytes]``) as ``[..., rows, cols]``, floating point; may be a view."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ class FloatWire:
         return Encoded(_FORMATS[self.dtype], {"": packed.view(self.dtype)[: rows * cols]})
 
     def pack(self, pieces: Tensor, out: Tensor) -> None:
-        self.view(out, *pieces.shape[1:]).copy_(pieces)
+        self.view(out, *pieces.shape[-2:]).copy_(pieces)
 
     def unpack(self, packed: Tensor, rows: int, cols: int) -> Tensor:
         return self.view(packed, rows, cols)
 
     def view(self, packed: Tensor, rows: int, cols: int) -> Tensor:
-        return packed.view(self.dtype)[:, : rows * cols].view(-1, rows, cols)
+        return packed.view(self.dtype)[..., : rows * cols].unflatten(-1, (rows, cols))
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class EncodedWire:
         return self.codec.for_kernels(self._buffers(packed, rows, cols))
 
     def pack(self, pieces: Tensor, out: Tensor) -> None:
-        for piece, packed in zip(pieces, out, strict=True):
-            self.codec.encode(piece.float(), self._buffers(packed, *piece.shape))
+        for piece, packed in zip(pieces, out, strict=True):  # one by one: what is fp32 at a time stays small
+            self.codec.encode(piece.float(), self._buffers(packed, *piece.shape[-2:]))
 
     def unpack(self, packed: Tensor, rows: int, cols: int) -> Tensor:
         return torch.stack([self.codec.decode(self._buffers(piece, rows, cols), cols) for piece in packed])
@@ -102,11 +103,11 @@ class EncodedWire:
         return None
 
     def _buffers(self, packed: Tensor, rows: int, cols: int) -> dict[str, Tensor]:
-        """The codec's buffers inside the bytes of one piece."""
+        """The codec's buffers inside the bytes of pieces."""
         buffers, start = {}, 0
         for name, spec in self.codec.buffers((rows, cols)).items():
             size = _size(spec)
-            buffers[name] = packed[start : start + size].view(spec.dtype).view(spec.shape)
+            buffers[name] = packed[..., start : start + size].view(spec.dtype).unflatten(-1, spec.shape)
             start += _aligned(size)
         return buffers
 

@@ -79,7 +79,7 @@ class Block4(RowWise):
 
     def _for_recode(self, device: torch.device, cols: int, buffers: Mapping[str, Tensor]) -> Encoded | None:
         """What kernels encode and decode, as one tall matrix; None where there are none for it."""
-        if not kernels.usable_on(device):
+        if not kernels.usable_on(device) or not all(buffer.is_contiguous() for buffer in buffers.values()):
             return None
         stored = self.for_kernels({key: buffer.view(-1, buffer.shape[-1]) for key, buffer in buffers.items()})
         return stored if kernels.fit((buffers["codes"].shape[:-1].numel(), cols), stored) else None

@@ -56,11 +56,8 @@ def launch(text_folder: Path) -> Launch:
         starter = [sys.executable, "-m"]
         if ranks > 1:
             starter = starters(ranks)[launcher]
-        small = (
-            f"--model nano --sequence-length 32 --batch-size 8 --eval-sequences 5 --log-every 1 --data {text_folder}"
-        )
         finished = subprocess.run(
-            [*starter, "muon_dist.launch", "train", "--out", str(out), *small.split(), *options],
+            [*starter, "muon_dist.launch", "train", "--out", str(out), *small_options(text_folder), *options],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             timeout=TIMEOUT_SECONDS,
             capture_output=True,
@@ -70,6 +67,12 @@ def launch(text_folder: Path) -> Launch:
         return finished
 
     return run
+
+
+def small_options(text_folder: Path) -> list[str]:
+    """Of the smallest model."""
+    small = f"--model nano --sequence-length 32 --batch-size 8 --eval-sequences 5 --log-every 1 --data {text_folder}"
+    return small.split()
 
 
 def starters(ranks: int) -> dict[str, list[str]]:
@@ -84,8 +87,6 @@ def starters(ranks: int) -> dict[str, list[str]]:
             f"--master_port={free_port()}",
             "--module",
         ],
-        # Root and more processes than cores, as in a container, are refused otherwise.
-        "mpirun": ["mpirun", "-np", str(ranks), "--allow-run-as-root", "--oversubscribe", *python],
     }
 
 

@@ -68,6 +68,13 @@ def test_mpirun_without_its_mpi4py(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_srun_without_a_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert "srun started 16 processes" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit):

