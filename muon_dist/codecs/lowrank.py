@@ -151,14 +151,11 @@ def aligned_rank(rank: int) -> int:
 def _directions(right: Tensor) -> Tensor:
     """The rows of a right factor, [..., rank, cols], divided by their norms; where there is none yet, or none any
     longer, waves of frequencies of their own, the same on every rank and at every start."""
+    rank, cols = right.shape[-2:]
     norm = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
-    waves = _waves(*right.shape[-2:], right.device)
+    frequency, place = (torch.arange(1, n + 1, dtype=torch.float32, device=right.device) for n in (rank, cols))
+    waves = torch.cos(frequency.sqrt().unsqueeze(1) * place).mul_((2 / cols) ** 0.5)
     return torch.where(norm < _SMALLEST_NORM, waves, right / norm.clamp(min=_SMALLEST_NORM))
-
-
-def _waves(rank: int, cols: int, device: torch.device) -> Tensor:
-    frequency, place = (torch.arange(1, n + 1, dtype=torch.float32, device=device) for n in (rank, cols))
-    return torch.cos(frequency.sqrt().unsqueeze(1) * place).mul_((2 / cols) ** 0.5)
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
