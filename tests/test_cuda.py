@@ -103,6 +103,13 @@ def test_large_polar_factors_are_those_of_fp32(form: PolarForm, shape: tuple[int
     assert float((found.float() - exact).norm() / exact.norm()) < 0.02
 
 
+def test_a_matrix_cut_out_of_another_has_its_own_polar_factor() -> None:
+    torch.manual_seed(0)
+    cut = torch.randn(2, 300, 500, device="cuda")[:, 10:266, 20:420]
+    steps = schedule("polar_express", 5)
+    assert torch.equal(polar_factor(cut, steps), polar_factor(cut.contiguous(), steps))
+
+
 def test_a_step_never_waits_for_the_device() -> None:
     parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
     optimizer = DistMuon(list(parameters.items()), chunk_bytes=1 << 20, adamw_state="dynamic8")
