@@ -15,9 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from muon_dist.codecs import make_codec
 from muon_dist.options import RowWiseState
-
-# As in the package, and in bitsandbytes: what is smaller stays in fp32.
-SMALLEST_QUANTISED = 4096
+from muon_dist.state import SMALLEST_QUANTISED
 
 
 class BlockwiseAdamW(torch.optim.Optimizer):

@@ -4,10 +4,9 @@
     python benchmarks/fidelity.py --model nano --steps 60 --seeds 1 --batch-size 8 --sequence-length 64     # on CPU
 
 Trains Llamas on the bytes of the Python standard library, or of ``--data``. All Muon arms use the learning rate that is
-best for fp32 Muon with the first seed. An arm's gap is its final validation loss less
-that of its reference with the same seed (fp32 Muon, or fp32 AdamW), in nats a byte; the table gives the mean over
-seeds and its standard error. Runs are shared out over all GPUs, ``--jobs`` at a time on each; those that ``--out``
-holds already are not repeated.
+best for fp32 Muon with the first seed. An arm's gap is its final validation loss less that of its reference with the
+same seed (fp32 Muon, or fp32 AdamW), in nats a byte; the table gives the mean over seeds and its standard error. Runs
+are shared out over all GPUs, ``--jobs`` at a time on each; those that ``--out`` holds already are not repeated.
 """
 
 from __future__ import annotations

@@ -14,46 +14,26 @@ import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from muon_dist import DistMuon
-from muon_dist.grouping import assign
 from muon_dist.launch.models import BYTE_VOCABULARY, PRESETS, build_llama
 from muon_dist.memory import measured_state_bytes
+from step import adamw, dist_muon, torch_muon
 
 PRESET = PRESETS["1b"]
 SEQUENCE = 512
 STEPS = 2
 
-Build = Callable[[nn.Module], list[torch.optim.Optimizer]]
-
-
-def adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), fused=True)]
-
-
-def torch_muon(model: nn.Module) -> list[torch.optim.Optimizer]:
-    by_algorithm = {
-        name: [a.parameter for a in assign(model.named_parameters()) if a.algorithm == name]
-        for name in ("muon", "adamw")
-    }
-    return [torch.optim.Muon(by_algorithm["muon"]), torch.optim.AdamW(by_algorithm["adamw"], fused=True)]
-
-
-def dist_muon(model: nn.Module, state: str) -> list[torch.optim.Optimizer]:
-    return [DistMuon(model.named_parameters(), momentum_state=state)]  # type: ignore[arg-type]
-
-
+Build = Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Optimizer]]
 OPTIMIZERS: dict[str, Build] = {
     "AdamW, fp32 states": adamw,
     "torch.optim.Muon, fp32": torch_muon,
-    "DistMuon fp32": partial(dist_muon, state="fp32"),
-    "DistMuon linear8": partial(dist_muon, state="linear8"),
-    "DistMuon lowrank4": partial(dist_muon, state="lowrank4"),
+    "DistMuon fp32": dist_muon(momentum_state="fp32"),
+    "DistMuon linear8": dist_muon(momentum_state="linear8"),
+    "DistMuon lowrank4": dist_muon(momentum_state="lowrank4"),
 }
 
 
@@ -64,7 +44,7 @@ def peak(build: Build, layers: int) -> tuple[int, int, int]:
     torch.cuda.reset_peak_memory_stats()
     device = torch.device("cuda", torch.cuda.current_device())
     model = build_llama(replace(PRESET, layers=layers), SEQUENCE, device, seed=0)
-    optimizers = build(model)
+    optimizers = build(list(model.named_parameters()))
     tokens = torch.randint(BYTE_VOCABULARY, (1, SEQUENCE), device=device)
     for _ in range(STEPS):
         with torch.autocast("cuda", torch.bfloat16):

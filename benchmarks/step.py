@@ -41,6 +41,10 @@ def parameters() -> list[tuple[str, nn.Parameter]]:
     return named
 
 
+def adamw(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW([p for _, p in named], fused=True)]
+
+
 def torch_muon(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
     groups: dict[str, list[Any]] = {"muon": [], "adamw": []}
     for assignment in assign(named):
@@ -53,7 +57,7 @@ def dist_muon(**options: Any) -> Callable[[list[tuple[str, nn.Parameter]]], list
 
 
 OPTIMIZERS: dict[str, Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Optimizer]]] = {
-    "AdamW fused, all": lambda named: [torch.optim.AdamW([p for _, p in named], fused=True)],
+    "AdamW fused, all": adamw,
     "torch.optim.Muon + AdamW fused": torch_muon,
     "DistMuon fp32": dist_muon(momentum_state="fp32"),
     "DistMuon linear8": dist_muon(momentum_state="linear8"),

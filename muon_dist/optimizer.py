@@ -70,7 +70,7 @@ class DistMuon(torch.optim.Optimizer):
             "grasp4", "nf4", "int4". docs/codecs.md compares them.
         block_size: elements of a row that share a scale in the 8-bit and 4-bit states; the side of grasp4's tiles.
         rank_fraction: rank of the low-rank part of "grasp4" and "lowrank4" over the shorter side of a matrix; by
-            default 1/16, and what makes 0.645 bytes an element.
+            default 1/16, and what fits in 0.65 bytes an element.
         polar: coefficients of the Newton-Schulz iteration: "polar_express", "jordan", "cans", "jiacheng".
         polar_steps: iterations.
         polar_form: "standard", "gram", or "auto" by shape.

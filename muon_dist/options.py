@@ -49,10 +49,10 @@ class Options:
             value = getattr(self, field.name)
             if get_origin(hints[field.name]) is Literal:
                 require_one_of(field.name, value, get_args(hints[field.name]))
-            elif field.name == "rank_fraction" and value is not None and not 0 < value <= 1:
-                raise ValueError(f"rank_fraction={value!r}: it must be above 0 and at most 1, or None")
             elif hints[field.name] is int and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name}={value!r}: it must be a positive integer")
+        if self.rank_fraction is not None and not 0 < self.rank_fraction <= 1:
+            raise ValueError(f"rank_fraction={self.rank_fraction!r}: it must be above 0 and at most 1, or None")
         if self.polar_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"polar_dtype={self.polar_dtype}: it must be torch.float32, bfloat16 or float16")
 

@@ -8,14 +8,13 @@ Each piece starts at a multiple of 16 bytes, so that its bytes can be read as an
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from muon_dist.codecs import BufferSpec, Codec, make_codec
+from muon_dist.codecs import Codec, make_codec
 from muon_dist.kernels import Encoded
 from muon_dist.options import Wire
 
@@ -87,7 +86,7 @@ class EncodedWire:
         return self
 
     def nbytes(self, rows: int, cols: int) -> int:
-        return sum(_aligned(_size(spec)) for spec in self.codec.buffers((rows, cols)).values())
+        return sum(_aligned(spec.nbytes) for spec in self.codec.buffers((rows, cols)).values())
 
     def for_kernels(self, packed: Tensor, rows: int, cols: int) -> Encoded:
         return self.codec.for_kernels(self._buffers(packed, rows, cols))
@@ -106,9 +105,8 @@ class EncodedWire:
         """The codec's buffers inside the bytes of pieces."""
         buffers, start = {}, 0
         for name, spec in self.codec.buffers((rows, cols)).items():
-            size = _size(spec)
-            buffers[name] = packed[..., start : start + size].view(spec.dtype).unflatten(-1, spec.shape)
-            start += _aligned(size)
+            buffers[name] = packed[..., start : start + spec.nbytes].view(spec.dtype).unflatten(-1, spec.shape)
+            start += _aligned(spec.nbytes)
         return buffers
 
 
@@ -119,11 +117,6 @@ def wire_format(name: Wire) -> WireFormat:
     if name == "nf4":
         return EncodedWire(make_codec("nf4", _BLOCK))
     return FloatWire(torch.float32 if name == "fp32" else torch.bfloat16)
-
-
-def _size(spec: BufferSpec) -> int:
-    """Bytes of a buffer."""
-    return math.prod(spec.shape) * spec.dtype.itemsize
 
 
 def _aligned(nbytes: int) -> int:

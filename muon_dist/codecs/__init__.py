@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
@@ -73,7 +72,7 @@ def make_low_rank_codec(name: LowRankState, block: int, extent: Extent, rank_fra
 
 def nbytes(codec: Codec, shape: Sequence[int]) -> int:
     """Bytes that a state, or a part of one, of ``shape`` is stored in."""
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in codec.buffers(shape).values())
+    return sum(spec.nbytes for spec in codec.buffers(shape).values())
 
 
 __all__ = [

@@ -6,8 +6,8 @@ maps:
 - int4: evenly spaced, as 4-bit-Muon-GRASP's (ICLR 2026, OpenReview g2l9bg9DWx) baseline.
 - nf4: Dettmers et al., "QLoRA", arXiv 2305.14314: equally likely levels of a normal distribution.
 - lloyd4: least squares (Lloyd, "Least Squares Quantization in PCM", 1982) for blocks of 128, fitted to the factors
-  and residuals of momenta of an 85M Llama at 600 steps (benchmarks/drift.py). Its outermost level is less than one,
-  so each encoding shrinks a block's largest element by 7%: it is for parts of codecs that make up for it.
+  and residuals of momenta of an 85M Llama after some 300 steps. Its outermost level is less than one, so each encoding
+  shrinks a block's largest element by 7%: it is for parts of codecs that make up for it.
 """
 
 from __future__ import annotations

@@ -46,8 +46,7 @@ class Encoded(NamedTuple):
     """fp32 values [rows, cols] in one of the formats, as kernels take them.
 
     Attributes:
-        format: "fp32", "bf16", "fp16", "linear8", "dynamic8" or "block4", whose codes take half a
-            byte each.
+        format: "fp32", "bf16", "fp16", "linear8", "dynamic8" or "block4", whose codes take half a byte each.
         buffers: contiguous; elements under "" or "codes", and "scales".
         block: elements of a row that share a scale; None for formats without scales.
         tables: of formats whose codes are looked up.
