@@ -19,8 +19,8 @@ from muon_dist.wire import WireFormat
 if kernels.HAS_TRITON:
     from muon_dist.kernels.lowrank import Pieces
 
-# Elements stacked at a time: bounds each temporary at 64 MiB in bf16, as kernels have them, unless one piece is larger.
-_STACK_ELEMENTS = 1 << 25
+# Elements stacked at a time: in bf16, as kernels have them, each temporary is 128 MiB at most, or one piece.
+_STACK_ELEMENTS = 1 << 26
 
 
 class Member(NamedTuple):
@@ -64,22 +64,22 @@ def accumulate_pieces(codec: Codec, members: Sequence[Member], wire: WireFormat,
 
 
 def _accumulate_fused(codec: Codec, members: Sequence[Member], wire: WireFormat, beta: float, nesterov: bool) -> bool:
-    """The same by kernels, for a row-wise rest of a low-rank part; whether they took it."""
+    """The same by kernels, for low-rank codecs whose rest they know; whether they took it."""
     shape = members[0].gradient.shape
     gradients = [member.gradient for member in members]
     if isinstance(codec, Folded) and shape.numel() % codec.width == 0:
         gradients = [gradient.view(-1, codec.width) for gradient in gradients]
         codec = codec.codec
-    if not isinstance(codec, LowRank) or not codec.compensated or not codec.residual.row_wise:
+    if not isinstance(codec, LowRank):
         return False
     rests = [codec.residual.for_kernels(member.buffers) for member in members]
     pieces = Pieces.of(gradients, rests, [wire.for_kernels(member.packed, *shape) for member in members])
     if pieces is None:
         return False
     factors = _stacked(members, codec.factor_buffers)
-    low = codec.low(factors, gradients[0].shape[-1])
-    codec.follow(pieces.accumulate(low, beta, nesterov), factors)
-    pieces.store(low, codec.low(factors, gradients[0].shape[-1]), beta)
+    left, right = codec.decode_factors(factors, gradients[0].shape[-1])
+    momentum = pieces.accumulate(left @ right, beta, nesterov)
+    pieces.store(momentum, codec.follow(momentum, right, factors))
     _put_back(factors, members)
     return True
 

@@ -93,10 +93,14 @@ class EncodedWire:
 
     def pack(self, pieces: Tensor, out: Tensor) -> None:
         for piece, packed in zip(pieces, out, strict=True):  # one by one: what is fp32 at a time stays small
-            self.codec.encode(piece.float(), self._buffers(packed, *piece.shape[-2:]))
+            self.codec.encode(piece, self._buffers(packed, *piece.shape[-2:]))
 
     def unpack(self, packed: Tensor, rows: int, cols: int) -> Tensor:
-        return torch.stack([self.codec.decode(self._buffers(piece, rows, cols), cols) for piece in packed])
+        dtype = torch.float32 if packed.device.type == "cpu" else torch.bfloat16  # codes have fewer digits
+        pieces = torch.empty((*packed.shape[:-1], rows, cols), dtype=dtype, device=packed.device)
+        for piece, encoded in zip(pieces, packed, strict=True):
+            self.codec.decode(self._buffers(encoded, rows, cols), cols, out=piece)
+        return pieces
 
     def view(self, packed: Tensor, rows: int, cols: int) -> None:
         return None

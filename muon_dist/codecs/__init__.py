@@ -43,7 +43,7 @@ def make_codec(name: RowWiseState, block: int = DEFAULT_BLOCK_SIZE, *, signed: b
     if name == "dynamic8":
         return Dynamic8(block, signed)
     if name == "int4" or name == "nf4":
-        return Block4(name, block)
+        return Block4(block, name)
     return Full(name, torch.float32 if name == "fp32" else torch.bfloat16)
 
 
@@ -63,7 +63,7 @@ def make_low_rank_codec(name: LowRankState, block: int, extent: Extent, rank_fra
         codec = LowRank(name, rank_of(share, rows, cols), extent.cuts, factors, residual, compensated=False)
     else:
         share = rank_fraction * (1 + short / long) if rank_fraction else _LOWRANK_SHARE
-        parts = Block4("lloyd4", block)
+        parts = Block4(block, "lloyd4")
         codec = LowRank(name, rank_of(share, rows, cols), extent.cuts, parts, parts, compensated=True)
         while rank_fraction is None and codec.rank > 1 and nbytes(codec, extent.part) > _LOWRANK_BYTES * rows * cols:
             codec = replace(codec, rank=aligned_rank(codec.rank - 1))

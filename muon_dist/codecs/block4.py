@@ -21,13 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from muon_dist import kernels
-from muon_dist.codecs.blocks import SCALE_DTYPE, SMALLEST_SCALE, block_count, from_blocks, reciprocal, to_blocks
-from muon_dist.codecs.protocol import BufferSpec, RowWise
+from muon_dist.codecs.blocks import (
+    SCALE_DTYPE,
+    SMALLEST_SCALE,
+    BlockCodec,
+    block_count,
+    from_blocks,
+    reciprocal,
+    to_blocks,
+)
+from muon_dist.codecs.protocol import BufferSpec
 from muon_dist.kernels import Encoded, Tables
-
-if kernels.HAS_TRITON:
-    from muon_dist.kernels import recode
 
 Map = Literal["int4", "nf4", "lloyd4"]
 
@@ -42,11 +46,10 @@ LEVELS: dict[Map, tuple[float, ...]] = {
 
 
 @dataclass(frozen=True)
-class Block4(RowWise):
+class Block4(BlockCodec):
     """Half a byte an element, rows rounded up to a whole byte, and 2 bytes a block."""
 
     name: Map
-    block: int
 
     def buffers(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
         return {
@@ -57,32 +60,18 @@ class Block4(RowWise):
     def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
         return Encoded("block4", buffers, self.block, tables_on(buffers["codes"].device, self.name))
 
-    def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
-        if (stored := self._for_recode(values.device, values.shape[-1], buffers)) is not None:
-            recode.encode(values.contiguous().view(-1, values.shape[-1]), stored)
-            return
-        blocks = to_blocks(values.float().contiguous(), self.block)  # [..., blocks, block]
+    def _encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        blocks = to_blocks(values, self.block)  # [..., blocks, block]
         largest = blocks.abs().amax(-1)
         scales = torch.where(largest < SMALLEST_SCALE, 0.0, largest).to(SCALE_DTYPE)  # [..., blocks]
         codes = nearest(blocks * reciprocal(scales).unsqueeze(-1), self.name)
         buffers["scales"].copy_(scales)
         buffers["codes"].copy_(pack(from_blocks(codes, values.shape[-1])))
 
-    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
+    def _decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
         codes, scales = buffers["codes"], buffers["scales"]
-        if (stored := self._for_recode(codes.device, cols, buffers)) is not None:
-            out = torch.empty((*codes.shape[:-1], cols), dtype=torch.float32, device=codes.device)
-            recode.decode(stored, out.view(-1, cols))
-            return out
         fractions = to_blocks(tables_on(codes.device, self.name).levels[unpack(codes, cols)], self.block)
         return from_blocks(fractions * scales.float().unsqueeze(-1), cols).contiguous()
-
-    def _for_recode(self, device: torch.device, cols: int, buffers: Mapping[str, Tensor]) -> Encoded | None:
-        """What kernels encode and decode, as one tall matrix; None where there are none for it."""
-        if not kernels.usable_on(device) or not all(buffer.is_contiguous() for buffer in buffers.values()):
-            return None
-        stored = self.for_kernels({key: buffer.view(-1, buffer.shape[-1]) for key, buffer in buffers.items()})
-        return stored if kernels.fit((buffers["codes"].shape[:-1].numel(), cols), stored) else None
 
 
 def packed_cols(cols: int) -> int:

@@ -1,12 +1,24 @@
-"""Row blocks: each row of a matrix cut into runs of ``block`` elements with one scale each, the last one short."""
+"""Row blocks: each row of a matrix cut into runs of ``block`` elements with one scale each, the last one short.
+
+Codecs of row blocks say how a block is stored, in plain torch; where kernels can, they encode and decode in one pass.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from muon_dist import kernels
+from muon_dist.codecs.protocol import RowWise
+from muon_dist.kernels import Encoded
+
+if kernels.HAS_TRITON:
+    from muon_dist.kernels import recode
 
 # The scales are bf16: the range of fp32 in two bytes, so that a block of 128 costs what a block of 256 costs with
 # fp32 scales, at a smaller error. Rounding to nearest moves a scale by at most 2^-8 of itself, less than half a step
@@ -40,3 +52,53 @@ def reciprocal(scales: Tensor) -> Tensor:
     """1 / ``scales`` in fp32, and 0 for the scales of blocks that are stored as zeros. NaN stays NaN."""
     wide = scales.float()
     return torch.where(wide.abs() < SMALLEST_SCALE, 0.0, wide.reciprocal())
+
+
+@dataclass(frozen=True)
+class BlockCodec(RowWise):
+    """What codecs of row blocks have in common: "codes" and "scales".
+
+    Attributes:
+        block: elements of a row that share a scale.
+    """
+
+    block: int
+
+    def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
+        raise NotImplementedError
+
+    def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        if (stored := self._as_matrix(buffers, values.shape[-1])) is not None:
+            recode.encode(values.contiguous().view(-1, values.shape[-1]), stored)
+        else:
+            self._encode(values.float().contiguous(), buffers)
+
+    def decode(self, buffers: Mapping[str, Tensor], cols: int, out: Tensor | None = None) -> Tensor:
+        codes = buffers["codes"]
+        if (stored := self._as_matrix(buffers, cols)) is not None:
+            if out is None:
+                out = torch.empty((*codes.shape[:-1], cols), dtype=torch.float32, device=codes.device)
+            recode.decode(stored, out.view(-1, cols))
+            return out
+        values = self._decode(buffers, cols)
+        return values if out is None else out.copy_(values)
+
+    def _encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        """``encode`` in plain torch; ``values`` are contiguous."""
+        raise NotImplementedError
+
+    def _decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
+        """``decode`` in plain torch, into new memory."""
+        raise NotImplementedError
+
+    def _as_matrix(self, buffers: Mapping[str, Tensor], cols: int) -> Encoded | None:
+        """What is stored as kernels take it, as one tall matrix; None where there are none for it."""
+        codes = buffers["codes"]
+        if (
+            not kernels.usable_on(codes.device)
+            or not codes.numel()
+            or not all(b.is_contiguous() for b in buffers.values())
+        ):
+            return None
+        stored = self.for_kernels({key: buffer.view(-1, buffer.shape[-1]) for key, buffer in buffers.items()})
+        return stored if kernels.fit((codes.shape[:-1].numel(), cols), stored) else None

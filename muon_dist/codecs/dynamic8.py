@@ -14,20 +14,27 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from muon_dist.codecs.blocks import SCALE_DTYPE, SMALLEST_SCALE, block_count, from_blocks, reciprocal, to_blocks
-from muon_dist.codecs.protocol import BufferSpec, RowWise
+from muon_dist.codecs.blocks import (
+    SCALE_DTYPE,
+    SMALLEST_SCALE,
+    BlockCodec,
+    block_count,
+    from_blocks,
+    reciprocal,
+    to_blocks,
+)
+from muon_dist.codecs.protocol import BufferSpec
 from muon_dist.kernels import CELL_SHIFT, CELLS, FIRST_CELL, Encoded, Tables
 
 
 @dataclass(frozen=True)
-class Dynamic8(RowWise):
+class Dynamic8(BlockCodec):
     """1 byte an element and 2 bytes a block.
 
     The signed map has +1 but not -1, so the scale is the block's largest element with its sign: that element always
     decodes to the scale itself, and encoding what was decoded changes nothing.
     """
 
-    block: int
     signed: bool = True
     name: str = "dynamic8"
 
@@ -40,7 +47,7 @@ class Dynamic8(RowWise):
     def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
         return Encoded(self.name, buffers, self.block, _map_on(buffers["codes"].device, self.signed))
 
-    def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
+    def _encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         blocks = to_blocks(values, self.block)  # [..., blocks, block]
         high, low = blocks.amax(-1), blocks.amin(-1)
         largest = torch.where(high >= -low, high, low)
@@ -53,7 +60,7 @@ class Dynamic8(RowWise):
         buffers["scales"].copy_(scales)
         buffers["codes"].copy_(from_blocks(codes, values.shape[-1]))
 
-    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
+    def _decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
         codes, scales = buffers["codes"], buffers["scales"]
         fractions = _map_on(codes.device, self.signed).levels[to_blocks(codes, self.block).int()]
         return from_blocks(fractions.mul_(scales.float().unsqueeze(-1)), cols).contiguous()

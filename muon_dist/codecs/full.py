@@ -28,5 +28,7 @@ class Full(RowWise):
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         buffers[""].copy_(values)
 
-    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
-        return buffers[""].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    def decode(self, buffers: Mapping[str, Tensor], cols: int, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty(buffers[""].shape, dtype=torch.float32, device=buffers[""].device)
+        return out.copy_(buffers[""])

@@ -46,10 +46,10 @@ class Grid4:
         return self._specs(shape, parts=self.row_cuts)
 
     def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
-        raise NotImplementedError(f"{self.name} is not row-wise")
+        return Encoded(self.name, buffers, self.tile, tables_on(buffers["codes"].device, "int4"))
 
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
-        tiles = self._tiles(values)  # [..., tile rows, tile, tile columns, tile]
+        tiles = self._tiles(values.float())  # [..., tile rows, tile, tile columns, tile]
         row_scales = _storable(tiles.abs().amax(-1))  # [..., tile rows, tile, tile columns]
         col_scales = _storable(tiles.abs().amax(-3))  # [..., tile rows, tile columns, tile]
         fractions = tiles * reciprocal(_smaller(row_scales, col_scales))
@@ -60,13 +60,14 @@ class Grid4:
         codes = nearest(fractions, "int4").flatten(-2).flatten(-3, -2)
         buffers["codes"].copy_(pack(codes[..., :rows, :cols]))
 
-    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
+    def decode(self, buffers: Mapping[str, Tensor], cols: int, out: Tensor | None = None) -> Tensor:
         codes = buffers["codes"]
         fractions = self._tiles(tables_on(codes.device, "int4").levels[unpack(codes, cols)])
         row_scales = _padded(buffers["row_scales"], -2, self.tile).unflatten(-2, (-1, self.tile))
         col_scales = _padded(buffers["col_scales"], -1, self.tile).unflatten(-1, (-1, self.tile))
         tiles = fractions * _smaller(row_scales, col_scales[..., : fractions.shape[-4], :, :]).float()
-        return tiles.flatten(-2).flatten(-3, -2)[..., : codes.shape[-2], :cols].contiguous()
+        values = tiles.flatten(-2).flatten(-3, -2)[..., : codes.shape[-2], :cols]
+        return values.contiguous() if out is None else out.copy_(values)
 
     def _tiles(self, values: Tensor) -> Tensor:
         padded = _padded(_padded(values, -1, self.tile), -2, self.tile)

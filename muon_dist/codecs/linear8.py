@@ -12,19 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from muon_dist.codecs.blocks import SCALE_DTYPE, SMALLEST_SCALE, block_count, from_blocks, reciprocal, to_blocks
-from muon_dist.codecs.protocol import BufferSpec, RowWise
+from muon_dist.codecs.blocks import (
+    SCALE_DTYPE,
+    SMALLEST_SCALE,
+    BlockCodec,
+    block_count,
+    from_blocks,
+    reciprocal,
+    to_blocks,
+)
+from muon_dist.codecs.protocol import BufferSpec
 from muon_dist.kernels import Encoded
 
 _LEVELS = 127.0
 
 
 @dataclass(frozen=True)
-class Linear8(RowWise):
+class Linear8(BlockCodec):
     """1 byte an element and 2 bytes a block. An element is off by at most half a step: 1/254 of its block's scale, the
     block's largest magnitude rounded to bf16."""
 
-    block: int
     name: str = "linear8"
 
     def buffers(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
@@ -36,7 +43,7 @@ class Linear8(RowWise):
     def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
         return Encoded(self.name, buffers, self.block)
 
-    def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
+    def _encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         blocks = to_blocks(values, self.block)  # [..., blocks, block]
         largest = blocks.abs().amax(-1)
         scales = torch.where(largest < SMALLEST_SCALE, 0.0, largest).to(SCALE_DTYPE)  # [..., blocks]
@@ -44,7 +51,7 @@ class Linear8(RowWise):
         buffers["scales"].copy_(scales)
         buffers["codes"].copy_(from_blocks(steps, values.shape[-1]))
 
-    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
+    def _decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
         codes, scales = buffers["codes"], buffers["scales"]
         # Times the fp32 nearest to 1/127 first: 127 of it is exactly 1, so the largest element decodes to the scale
         # itself.

@@ -25,9 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from muon_dist import kernels
 from muon_dist.codecs.protocol import BufferSpec, Codec
 from muon_dist.kernels import Encoded
 from muon_dist.polar import polar_factor, schedule
+
+if kernels.HAS_TRITON:
+    from muon_dist.kernels import unit
 
 # Six iterations bring singular values down to 1e-3 of the norm within half a per cent of one.
 _ORTHONORMAL = schedule("polar_express", 6)
@@ -79,27 +83,44 @@ class LowRank:
         raise NotImplementedError(f"{self.name} is not row-wise")
 
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
-        exact = self.follow(values, buffers)
-        low = self.low(buffers, values.shape[-1]) if self.compensated else _product(*exact)
-        self.residual.encode(values - low, buffers)
+        _, right = self.decode_factors(buffers, values.shape[-1])
+        self.residual.encode(values - self.follow(values, right, buffers), buffers)
 
-    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
-        return self.residual.decode(buffers, cols).add_(self.low(buffers, cols))
+    def decode(self, buffers: Mapping[str, Tensor], cols: int, out: Tensor | None = None) -> Tensor:
+        return self.residual.decode(buffers, cols, out).add_(self.low(buffers, cols))
 
     def low(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
         """The low-rank part as stored, ``[..., rows, cols]``; bf16 on accelerators, fp32 on CPU."""
-        left = self.factors.decode(_named_so("left", buffers), self.rank)
-        return _product(left, self.factors.decode(_named_so("right", buffers), cols))
+        return torch.matmul(*self.decode_factors(buffers, cols))
 
-    def follow(self, values: Tensor, buffers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Takes one power iteration on ``values`` (fp32 or bf16) and stores the factors; returns them as computed."""
+    def decode_factors(self, buffers: Mapping[str, Tensor], cols: int) -> tuple[Tensor, Tensor]:
+        """The factors as stored, ``[..., rows, rank]`` and ``[..., rank, cols]``, ready to be multiplied."""
         left, right = _named_so("left", buffers), _named_so("right", buffers)
-        start = _directions(self.factors.decode(right, values.shape[-1]))  # [..., rank, cols]
-        p = _orthonormal(_product(values, start.mT))
-        r = _product(p.mT, values)
-        self.factors.encode(p, left)
-        self.factors.encode(r, right)
-        return p, r
+        return self._decoded(left, self.rank), self._decoded(right, cols)
+
+    def follow(self, values: Tensor, right: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+        """Takes one power iteration and stores the factors.
+
+        Args:
+            values: ``[..., rows, cols]``, floating point.
+            right: the right factor as it was stored, ``[..., rank, cols]``.
+
+        Returns:
+            Their product, which the residual is to make up for.
+        """
+        values = values.to(right.dtype)
+        p = _orthonormal(values @ _directions(right).mT).to(right.dtype)
+        factors = p, p.mT @ values
+        for factor, name in zip(factors, ("left", "right"), strict=True):
+            self.factors.encode(factor, _named_so(name, buffers))
+        return torch.matmul(*(self.decode_factors(buffers, values.shape[-1]) if self.compensated else factors))
+
+    def _decoded(self, factor: Mapping[str, Tensor], cols: int) -> Tensor:
+        """In bf16 on accelerators, whose rounding is far below a 4-bit code's; fp32 on CPU."""
+        codes = factor["codes"]
+        dtype = torch.float32 if codes.device.type == "cpu" else torch.bfloat16
+        out = torch.empty((*codes.shape[:-1], cols), dtype=dtype, device=codes.device)
+        return self.factors.decode(factor, cols, out)
 
 
 @dataclass(frozen=True)
@@ -133,9 +154,9 @@ class Folded:
         folded = torch.nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, self.width)).flatten(-3, -2)
         self.codec.encode(folded, buffers)
 
-    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
-        folded = self.codec.decode(buffers, self.width)
-        return folded.flatten(-2)[..., :cols].unsqueeze(-2).contiguous()
+    def decode(self, buffers: Mapping[str, Tensor], cols: int, out: Tensor | None = None) -> Tensor:
+        run = self.codec.decode(buffers, self.width).flatten(-2)[..., :cols].unsqueeze(-2)
+        return run.contiguous() if out is None else out.copy_(run)
 
 
 def rank_of(share: float, rows: int, cols: int) -> int:
@@ -151,23 +172,26 @@ def aligned_rank(rank: int) -> int:
 def _directions(right: Tensor) -> Tensor:
     """The rows of a right factor, [..., rank, cols], divided by their norms; where there is none yet, or none any
     longer, waves of frequencies of their own, the same on every rank and at every start."""
+    if kernels.usable_on(right.device):
+        return unit.unit_rows(right, _SMALLEST_NORM)
     rank, cols = right.shape[-2:]
     norm = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
     frequency, place = (torch.arange(1, n + 1, dtype=torch.float32, device=right.device) for n in (rank, cols))
     waves = torch.cos(frequency.sqrt().unsqueeze(1) * place).mul_((2 / cols) ** 0.5)
-    return torch.where(norm < _SMALLEST_NORM, waves, right / norm.clamp(min=_SMALLEST_NORM))
+    return torch.where(norm < _SMALLEST_NORM, waves.to(right.dtype), right / norm.clamp(min=_SMALLEST_NORM))
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
     """Columns that span what those of ``vectors`` span, [..., rows, rank]; by Newton-Schulz, which is products alone,
     and takes columns that are zero, or more than there are rows, without complaint."""
-    norm = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True, dtype=torch.float32).clamp(min=_SMALLEST_NORM)
-    return polar_factor(vectors / norm, _ORTHONORMAL, form="standard")  # the Gram form needs full rank to be exact
+    # The Gram form needs full rank to be exact.
+    return polar_factor(_unit_columns(vectors), _ORTHONORMAL, form="standard", bound=vectors.shape[-1] ** 0.5)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A B. On accelerators in bf16, whose rounding is far below a 4-bit code's; fp32 on CPU."""
-    return a.float() @ b.float() if a.device.type == "cpu" else a.bfloat16() @ b.bfloat16()
+def _unit_columns(vectors: Tensor) -> Tensor:
+    if kernels.usable_on(vectors.device):
+        return unit.unit_columns(vectors, _SMALLEST_NORM)
+    return vectors / torch.linalg.vector_norm(vectors, dim=-2, keepdim=True).clamp(min=_SMALLEST_NORM)
 
 
 def _named(factor: str, specs: Mapping[str, BufferSpec]) -> dict[str, BufferSpec]:

@@ -47,14 +47,15 @@ class Codec(Protocol):
         """The tensors of which the buffers of all ranks are the shards, for a state of ``shape``."""
 
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
-        """Writes ``values`` (fp32) into ``buffers``, in place. What they held before may be where it starts from."""
+        """Writes ``values`` (floating point) into ``buffers``, in place. What they held before may be where it starts
+        from."""
 
     def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
-        """The stored values as kernels take them. Row-wise codecs only."""
+        """The stored values as kernels take them. Not of low-rank codecs, which are taken apart."""
 
-    def decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:
-        """The stored values, ``[..., cols]``: fp32, contiguous, in memory of their own. (Codes of which two share a
-        byte do not tell how many there are.)"""
+    def decode(self, buffers: Mapping[str, Tensor], cols: int, out: Tensor | None = None) -> Tensor:
+        """The stored values, ``[..., cols]``: in ``out`` (contiguous, floating point), or fp32 in memory of their own.
+        (Codes of which two share a byte do not tell how many columns there are.)"""
 
 
 class RowWise:

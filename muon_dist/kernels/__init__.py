@@ -46,8 +46,8 @@ class Encoded(NamedTuple):
     """fp32 values [rows, cols] in one of the formats, as kernels take them.
 
     Attributes:
-        format: "fp32", "bf16", "fp16", "linear8", "dynamic8" or "block4", whose codes take half a byte each.
-        buffers: contiguous; elements under "" or "codes", and "scales".
+        format: "fp32", "bf16", "fp16", "linear8", "dynamic8", or "block4" and "grid4", whose codes take half a byte.
+        buffers: contiguous; elements under "" or "codes", and "scales"; grid4 has "row_scales" and "col_scales".
         block: elements of a row that share a scale; None for formats without scales.
         tables: of formats whose codes are looked up.
     """
@@ -62,7 +62,13 @@ class Encoded(NamedTuple):
         """Elements, scales, levels, borders and starts; the elements stand in for what the format does not have."""
         elements = self.buffers["codes"] if "codes" in self.buffers else self.buffers[""]
         levels, borders, starts = self.tables or (elements, elements, elements)
-        return elements, self.buffers.get("scales", elements), levels, borders, elements if starts is None else starts
+        scales = self.buffers.get("scales", self.buffers.get("row_scales", elements))
+        return elements, scales, levels, borders, elements if starts is None else starts
+
+    @property
+    def of_columns(self) -> Tensor:
+        """The scales of columns; the elements stand in for them in formats without."""
+        return self.buffers.get("col_scales", self.pointers[0])
 
 
 def map_of(*values: Encoded) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +82,6 @@ def fit(shape: Sequence[int], *values: Encoded) -> bool:
     rows, cols = shape
     blocks = {min(v.block, cols) for v in values if v.block is not None}
     maps = {id(v.tables) for v in values if v.tables is not None}
-    paired = any(v.format == "block4" for v in values)
+    paired = any(v.format in ("block4", "grid4") for v in values)
     fits_pairs = all(block % 2 == 0 for block in blocks) and (rows == 1 or cols % 2 == 0)
     return len(blocks) <= 1 and len(maps) <= 1 and (fits_pairs or not paired)

@@ -1,8 +1,8 @@
 """accumulate for momenta that are a low-rank part and a stored rest: one pass before the factors follow, one after.
 
 The momentum itself never lies in memory in fp32. The first pass makes it of the stored rest, the low-rank part and the
-gradient, for the products in bf16 and for the wire; the second makes it once more, takes the new low-rank part away and
-stores what is left. Reference: ``accumulate_pieces`` in ``muon_dist/stacks.py``.
+gradient, for the products in bf16 and for the wire; the second takes the new low-rank part away and stores what is
+left. Reference: ``accumulate_pieces`` in ``muon_dist/stacks.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import load_tile, store_tile
+from muon_dist.kernels.tiles import encode_grid, load_codes4, load_tile, store_codes4, store_tile
 
 
 class Pieces(NamedTuple):
@@ -36,6 +36,7 @@ class Pieces(NamedTuple):
     table: Tensor
     grid: tuple[int, int]
     block: int
+    shape: torch.Size
     gradient: torch.dtype
     rest: Encoded  # one for all, but for its elements and scales
     packed: str
@@ -52,70 +53,76 @@ class Pieces(NamedTuple):
         rows = []
         for gradient, rest, wire in zip(gradients, rests, packed, strict=True):
             block = common_block(gradient, rest, wire)
-            place = addresses(gradient, rest, wire)
+            place = [*addresses(gradient, rest, wire), rest.of_columns.data_ptr()]
             if not block or not fit(gradient.shape, rest, wire) or wire.tables is not None or not aligned(place):
                 return None
             rows.append([gradient.numel() // block, *place])
         first = gradients[0]
-        return cls(table_on(first.device, rows), grid(rows, block), block, first.dtype, rests[0], packed[0].format)
+        table = table_on(first.device, rows)
+        return cls(table, grid(rows, block), block, first.shape, first.dtype, rests[0], packed[0].format)
 
     def accumulate(self, low: Tensor, beta: float, nesterov: bool) -> Tensor:
-        """Packs what is to be orthogonalised; returns the new momenta, [n, rows, cols], bf16.
+        """Packs what is to be orthogonalised; returns the new momenta, [n, rows, cols], bf16, in the memory of ``low``.
 
         Args:
             low: the low-rank parts as stored, [n, rows, cols], bf16.
             beta, nesterov: as in Muon.
         """
-        momentum = torch.empty_like(low)
         _accumulate[self.grid](
             self.table,
             low,
-            momentum,
             self.rest.pointers[2],
             1 - beta,
+            self.shape[1] // self.block,
             GRADIENT=FORMATS[self.gradient],
             REST=self.rest.format,
+            TILE=self.rest.block,
             PACKED=self.packed,
             NESTEROV=nesterov,
             FIELDS=self.table.shape[1],
             **constants(self.block),
         )
-        return momentum
+        return low
 
-    def store(self, low: Tensor, new_low: Tensor, beta: float) -> None:
-        """Stores what the new low-rank parts leave of the new momenta."""
+    def store(self, momentum: Tensor, low: Tensor) -> None:
+        """Stores what the new low-rank parts leave of the momenta, both [n, rows, cols], bf16."""
+        if self.rest.format == "grid4":
+            (rows, cols), tile = self.shape, self.rest.block
+            assert tile is not None
+            _store_grid[-(-rows // tile) * (cols // self.block), len(momentum)](
+                self.table,
+                momentum,
+                low,
+                rows,
+                cols,
+                cols // self.block,
+                FIELDS=self.table.shape[1],
+                TILE=tile,
+                BLOCK=self.block,
+                num_warps=8,
+            )
+            return
         _store[self.grid](
             self.table,
+            momentum,
             low,
-            new_low,
-            *self.rest.pointers[2:],
-            1 - beta,
-            GRADIENT=FORMATS[self.gradient],
+            *self.rest.pointers[3:],
             REST=self.rest.format,
             FIELDS=self.table.shape[1],
             **constants(self.block),
         )
-
-
-@triton.jit
-def _momentum(fields, low, levels, weight, place, mask, row, row_mask, GRADIENT: tl.constexpr, REST: tl.constexpr):
-    """The new momentum of a tile, and its gradient."""
-    g = tl.load(pointer_in(fields + 1, GRADIENT) + place, mask=mask, other=0).to(tl.float32)
-    elements = pointer_in(fields + 2, REST)
-    m = load_tile(elements, pointer_in(fields + 3, "bf16"), levels, place, mask, row, row_mask, REST)
-    m += tl.load(low + place, mask=mask, other=0).to(tl.float32)
-    return m + weight * (g - m), g
 
 
 @triton.jit
 def _accumulate(
     table,
     low,
-    momentum,
     levels,
     weight,
+    blocks,
     GRADIENT: tl.constexpr,
     REST: tl.constexpr,
+    TILE: tl.constexpr,
     PACKED: tl.constexpr,
     NESTEROV: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -124,10 +131,23 @@ def _accumulate(
 ):
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
-    start = tl.program_id(1) * rows * BLOCK  # of this piece in the stacks
     place, mask, row, row_mask = tile_of_piece(rows, BLOCK, ROWS)
-    m, g = _momentum(fields, low + start, levels, weight, place, mask, row, row_mask, GRADIENT, REST)
-    tl.store(momentum + start + place, m, mask=mask)
+    elements = pointer_in(fields + 2, REST)
+    scales = pointer_in(fields + 3, "bf16")
+    if REST == "grid4":
+        # A row of the tile is block ``row % blocks`` of the piece's row ``row // blocks``.
+        of_columns = pointer_in(fields + 6, "bf16") + row // blocks // TILE * (blocks * BLOCK) + row % blocks * BLOCK
+        of_row = tl.load(scales + row, mask=row_mask, other=0).to(tl.float32)
+        of_column = tl.load(of_columns + tl.arange(0, BLOCK)[None, :], mask=mask, other=0).to(tl.float32)
+        scale = tl.minimum(of_row, of_column, propagate_nan=tl.PropagateNan.ALL)
+        m = tl.where(mask, load_codes4(elements, levels, place, mask) * scale, 0.0)
+    else:
+        m = load_tile(elements, scales, levels, place, mask, row, row_mask, REST)
+    place_in_stack = tl.program_id(1) * rows * BLOCK + place
+    m += tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)
+    g = tl.load(pointer_in(fields + 1, GRADIENT) + place, mask=mask, other=0).to(tl.float32)
+    m += weight * (g - m)
+    tl.store(low + place_in_stack, m, mask=mask)
     if NESTEROV:
         m -= weight * (m - g)
     packed = pointer_in(fields + 4, PACKED)
@@ -138,13 +158,10 @@ def _accumulate(
 @triton.jit
 def _store(
     table,
+    momentum,
     low,
-    new_low,
-    levels,
     borders,
     starts,
-    weight,
-    GRADIENT: tl.constexpr,
     REST: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,10 +169,38 @@ def _store(
 ):
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
-    start = tl.program_id(1) * rows * BLOCK
     place, mask, row, row_mask = tile_of_piece(rows, BLOCK, ROWS)
-    m, _ = _momentum(fields, low + start, levels, weight, place, mask, row, row_mask, GRADIENT, REST)
-    m -= tl.load(new_low + start + place, mask=mask, other=0).to(tl.float32)
+    place_in_stack = tl.program_id(1) * rows * BLOCK + place
+    left = tl.load(momentum + place_in_stack, mask=mask, other=0).to(tl.float32)
+    left -= tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)
     elements = pointer_in(fields + 2, REST)
     scales = pointer_in(fields + 3, "bf16")
-    store_tile(m, elements, scales, borders, starts, place, mask, row, row_mask, REST)
+    store_tile(left, elements, scales, borders, starts, place, mask, row, row_mask, REST)
+
+
+@triton.jit
+def _store_grid(
+    table,
+    momentum,
+    low,
+    rows,
+    cols,
+    blocks,
+    FIELDS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program stores a whole tile: the scales of its columns are over all its rows."""
+    fields = table + tl.program_id(1) * FIELDS
+    tile_row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row = (tile_row * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
+    col = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    place = row * cols + col
+    mask = (row < rows) & (col < cols)
+    place_in_stack = tl.program_id(1).to(tl.int64) * rows * cols + place
+    left = tl.load(momentum + place_in_stack, mask=mask, other=0).to(tl.float32)
+    left -= tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)
+    codes, of_row, of_column = encode_grid(left)
+    store_codes4(codes, pointer_in(fields + 2, "grid4"), place, mask)
+    tl.store(pointer_in(fields + 3, "bf16") + row * blocks + block, of_row, mask=row < rows)
+    tl.store(pointer_in(fields + 6, "bf16") + tile_row * cols + col, of_column, mask=col < cols)

@@ -7,7 +7,8 @@ through tensor descriptors, by Hopper's bulk copy engine.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,26 +21,39 @@ _DEPTH = 64
 # Below these, cuBLAS is faster: small matrices, and fewer tiles than two for each of the chip's 132 multiprocessors.
 SMALLEST_SIDE = 1024
 FEWEST_TILES = 256
+# Inner loops are long from this many columns on.
+_LONG_FROM = 2048
 # From this many rows on, what is read of the operands counts, and wider tiles read less.
 _WIDE_FROM = 8192
 
 
-class _Variant(NamedTuple):
-    """Columns of a tile (its rows are ``TILE``), stages of the pipeline, and whether each program takes tiles in turn.
+class _Launch(NamedTuple):
+    """How a product is cut into tiles.
 
-    Measured on an H200. Wide tiles pay where the epilogue has much to do; taking turns hides an epilogue behind the
-    next tile's loads, and costs where inner loops are long.
+    Attributes:
+        width: columns of a tile; its rows are ``TILE``.
+        stages: of the pipeline.
+        tiles: on and below the diagonal of a matrix.
+        programs: as many as tiles, or fewer that take tiles in turn.
     """
 
     width: int
     stages: int
-    takes_turns: bool
+    tiles: int
+    programs: int
 
     @classmethod
-    def of(cls, s: int, k: int, adds: bool) -> _Variant:
-        if adds or s >= _WIDE_FROM:
-            return cls(2 * TILE, 3, takes_turns=True)
-        return cls(TILE, 5, takes_turns=k <= 2048)
+    @lru_cache
+    def of(cls, n: int, s: int, k: int, adds: bool, device: torch.device) -> _Launch:
+        """Measured on an H200. Wide tiles pay where the epilogue has much to do; taking turns hides an epilogue behind
+        the next tile's loads, and costs where inner loops are long."""
+        wide = adds or s >= _WIDE_FROM
+        width, stages = (2 * TILE, 3) if wide else (TILE, 5)
+        tiles = _tiles(s, width)
+        programs = n * tiles
+        if device.type == "cuda" and (wide or k <= _LONG_FROM):
+            programs = min(programs, torch.cuda.get_device_properties(device).multi_processor_count)
+        return cls(width, stages, tiles, programs)
 
 
 def fits(a: Tensor) -> bool:
@@ -50,9 +64,14 @@ def fits(a: Tensor) -> bool:
         and s >= SMALLEST_SIDE
         and n * _tiles(s, TILE) >= FEWEST_TILES
         and s % 8 == k % 8 == 0  # rows at multiples of 16 bytes
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(a.device)[0] in (9, 10)  # Hopper and Blackwell, with their shared memory
+        and _has_bulk_copies(a.device)
     )
+
+
+@lru_cache
+def _has_bulk_copies(device: torch.device) -> bool:
+    """Hopper and Blackwell, with their shared memory."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _tiles(s: int, width: int) -> int:
@@ -73,41 +92,33 @@ def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, be
         [n, s, s] of the same dtype, accumulated in fp32.
     """
     n, s, k = a.shape
-    variant = _Variant.of(s, k, adds=add is not None)
+    adds, transposed = add is not None, a.stride(2) != 1
+    launch = _Launch.of(n, s, k, adds, a.device)
     out = a.new_empty((n, s, s))
     result = TensorDescriptor.from_tensor(out, [1, TILE, TILE])
-    transposed = a.stride(2) != 1
 
     def operand(x: Tensor, side: int) -> TensorDescriptor:
         block = [1, _DEPTH, side] if transposed else [1, side, _DEPTH]
         return TensorDescriptor.from_tensor(x.mT if transposed else x, block)
 
     left = operand(a, TILE)
-    right = left if b is a and variant.width == TILE else operand(b, variant.width)
-    total = n * _tiles(s, variant.width)
-    programs = total
-    if variant.takes_turns and a.is_cuda:
-        programs = min(total, torch.cuda.get_device_properties(a.device).multi_processor_count)
-    _symmetric_product[(programs,)](
-        left,
-        right,
-        result if add is None else TensorDescriptor.from_tensor(add, [1, TILE, variant.width]),
-        result,
-        k,
-        total // n,
-        total,
-        alpha,
-        beta,
-        diagonal,
-        TRANSPOSED=transposed,
-        ADD=add is not None,
-        HEIGHT=TILE,
-        WIDTH=variant.width,
-        DEPTH=_DEPTH,
-        num_warps=8,
-        num_stages=variant.stages,
+    right = left if b is a and launch.width == TILE else operand(b, launch.width)
+    added = result if add is None else TensorDescriptor.from_tensor(add, [1, TILE, launch.width])
+    arguments = (
+        *(left, right, added, result, k, launch.tiles, n * launch.tiles, float(alpha), float(beta), float(diagonal)),
+        *(transposed, adds, TILE, launch.width, _DEPTH),
     )
+    key = (n, s, k, adds, transposed, a.dtype, a.device)
+    if compiled := _COMPILED.get(key):
+        compiled[(launch.programs, 1, 1)](*arguments)
+    else:
+        _COMPILED[key] = _symmetric_product[(launch.programs,)](*arguments, num_warps=8, num_stages=launch.stages)
     return out
+
+
+# What triton compiled, by all that it depends on: looking it up is half of what a launch costs the host, and a step has
+# hundreds. (None in triton's interpreter.)
+_COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
 @triton.jit

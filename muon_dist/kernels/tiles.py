@@ -82,9 +82,7 @@ def tile_of(rows, cols, stride, blocks, numel, BLOCK: tl.constexpr, ROWS: tl.con
 def load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, FORMAT: tl.constexpr):
     """The stored values of a tile, fp32; zeros outside the mask."""
     if FORMAT == "block4":
-        pair = tl.load(elements + (place >> 1), mask=mask, other=0).to(tl.int32)
-        code = tl.where(place & 1 == 0, pair & 15, pair >> 4)
-        values = tl.load(levels + code)
+        values = load_codes4(elements, levels, place, mask)
     else:
         stored = tl.load(elements + place, mask=mask, other=0)
         if FORMAT == "linear8":
@@ -111,13 +109,26 @@ def store_tile(values, elements, scales, borders, starts, place, mask, scale_pla
         tl.store(scales + scale_place, scale, mask=scale_mask)
     elif FORMAT == "block4":
         codes, scale = encode_nearest(values, borders)
-        first, second = _pairs(tl.where(mask, codes, 0))
-        place, _ = _pairs(place)
-        inside, _ = _pairs(mask.to(tl.int32))
-        tl.store(elements + (place >> 1), (first | (second << 4)).to(tl.uint8), mask=inside != 0)
+        store_codes4(codes, elements, place, mask)
         tl.store(scales + scale_place, scale, mask=scale_mask)
     else:
         tl.store(elements + place, values, mask=mask)
+
+
+@triton.jit
+def load_codes4(elements, levels, place, mask):
+    """The levels of codes of which two share a byte, fp32, of whatever shape ``place`` is."""
+    pair = tl.load(elements + (place >> 1), mask=mask, other=0).to(tl.int32)
+    return tl.load(levels + tl.where(place & 1 == 0, pair & 15, pair >> 4))
+
+
+@triton.jit
+def store_codes4(codes, elements, place, mask):
+    """Stores codes, int32 [ROWS, COLS], two a byte."""
+    first, second = _pairs(tl.where(mask, codes, 0))
+    place, _ = _pairs(place)
+    inside, _ = _pairs(mask.to(tl.int32))
+    tl.store(elements + (place >> 1), (first | (second << 4)).to(tl.uint8), mask=inside != 0)
 
 
 @triton.jit
@@ -129,7 +140,7 @@ def _pairs(values):
 @triton.jit
 def encode_nearest(values, borders):
     """Codes of a map of 16 levels, int32 [ROWS, COLS], and bf16 scales [ROWS, 1]."""
-    scale, inverse = _scale(tl.max(tl.abs(values), axis=1, keep_dims=True), values)
+    scale, inverse = _scale(tl.max(tl.abs(values), axis=1, keep_dims=True), values, 1)
     fractions = values * inverse
     codes = tl.zeros(values.shape, tl.int32)
     for i in tl.static_range(15):
@@ -138,9 +149,20 @@ def encode_nearest(values, borders):
 
 
 @triton.jit
+def encode_grid(values):
+    """Codes of int4's map with the smaller of two scales for each element, and bf16 scales [ROWS, 1] and [1, COLS]."""
+    of_row, of_row_inverse = _scale(tl.max(tl.abs(values), axis=1, keep_dims=True), values, 1)
+    of_column, of_column_inverse = _scale(tl.max(tl.abs(values), axis=0, keep_dims=True), values, 0)
+    rows, columns = of_row.to(tl.float32), of_column.to(tl.float32)
+    inverse = tl.where(rows < columns, of_row_inverse, of_column_inverse)  # zero where the smaller scale is
+    codes = tl.floor(values * (inverse * 7.0) + 8.5).to(tl.int32)
+    return tl.minimum(tl.maximum(codes, 0), 15), of_row, of_column
+
+
+@triton.jit
 def encode_linear8(values):
     """int8 codes [ROWS, COLS] and bf16 scales [ROWS, 1]."""
-    scale, inverse = _scale(tl.max(tl.abs(values), axis=1, keep_dims=True), values)
+    scale, inverse = _scale(tl.max(tl.abs(values), axis=1, keep_dims=True), values, 1)
     steps = values * (inverse * 127.0)
     # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even; the interpreter has no rint.
     steps = (steps + 12582912.0) - 12582912.0
@@ -153,7 +175,7 @@ def encode_dynamic8(values, borders, starts):
     high = tl.max(values, axis=1, keep_dims=True)
     low = tl.min(values, axis=1, keep_dims=True)
     largest = tl.where(high >= -low, high, low)
-    scale, inverse = _scale(largest, values)
+    scale, inverse = _scale(largest, values, 1)
     fractions = tl.where((values == largest) & (scale.to(tl.float32) != 0), 1.0, values * inverse)
     bits = fractions.to(tl.int32, bitcast=True)
     cell = ((bits & 0x7FFFFFFF) >> _CELL_SHIFT) - _FIRST_CELL
@@ -165,9 +187,10 @@ def encode_dynamic8(values, borders, starts):
 
 
 @triton.jit
-def _scale(largest, values):
-    """bf16 scale of each row's largest element, and its fp32 inverse; 0 for blocks too small to store, NaN shows."""
-    missing = tl.max((values != values).to(tl.int32), axis=1, keep_dims=True)  # tl.max passes over NaN
+def _scale(largest, values, AXIS: tl.constexpr):
+    """bf16 scale of each row's largest element, and its fp32 inverse; 0 for blocks too small to store, NaN shows.
+    Of each column's with AXIS 0."""
+    missing = tl.max((values != values).to(tl.int32), axis=AXIS, keep_dims=True)  # tl.max passes over NaN
     largest = tl.where(missing > 0, float("nan"), largest)
     wide = _round_to_bf16(tl.where(tl.abs(largest) < _SMALLEST_SCALE, 0.0, largest))
     inverse = tl.where(tl.abs(wide) < _SMALLEST_SCALE, 0.0, tl.div_rn(tl.full(wide.shape, 1.0, tl.float32), wide))

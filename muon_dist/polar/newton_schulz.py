@@ -36,6 +36,7 @@ def polar_factor(
     *,
     form: PolarForm = "auto",
     dtype: torch.dtype | None = None,
+    bound: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Approximate polar factors of a batch of matrices.
@@ -46,6 +47,7 @@ def polar_factor(
         form: "standard", "gram", or "auto": whichever needs fewer FLOPs for this shape.
         dtype: arithmetic of the iteration; by default fp16 on accelerators and fp32 on CPU, where half-precision
             products are about a hundred times slower.
+        bound: on the norms of all matrices, where one is known; otherwise each is divided by its Frobenius norm.
         out: where to put the result, of ``dtype``; contiguous within a matrix. It may be the memory of ``matrices``, if
             their elements are as large.
 
@@ -69,7 +71,11 @@ def polar_factor(
     current, other = turns if products % 2 else turns[::-1]
     if matrices.stride()[-2:] != (cols, 1):  # cut out of a larger matrix, or a transpose
         matrices = matrices.contiguous()
-    normalised(matrices.reshape(-1, rows, cols), schedule.margin, out=current)
+    matrices = matrices.reshape(-1, rows, cols)
+    if bound is None:
+        normalised(matrices, schedule.margin, out=current)
+    else:
+        torch.mul(matrices, 1 / (bound * schedule.margin), out=current)
     if rows > cols:
         current, other = current.mT, other.mT  # [n, s, l] with s <= l from here on; the memory stays as it is
     iterate(current, other, schedule.coefficients)

@@ -27,6 +27,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "b.weight": (33, 150),
     "c.weight": (1, 1),
     "d.weight": (3, 700),
+    "e.weight": (130, 128),
 }
 ADAMW_SHAPES: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (33, 150), "norm.weight": (37,), "scale": ()}
 
