@@ -134,10 +134,22 @@ class DistOrthogonal(DistMuon):
 
     def _connect(self, binding: Binding) -> list[tuple[Pipeline, MuonWork]]:
         if binding.signature not in self._connections:
+            self._require_whole_steps(binding)
             problems = [partition.problem for partition in self._partitions() if partition.problem]
             for ranks in binding.domains():
                 require_none(problems, self._group_of(ranks), "the layout of DeepSpeed's buffers is not understood")
         return super()._connect(binding)
+
+    def _require_whole_steps(self, binding: Binding) -> None:
+        """Raises ValueError where gradients are to be judged and ZeRO hands them over in parts."""
+        nonfinite = self.options.nonfinite
+        expected = {name for name, p in self._model_parameters.items() if p.requires_grad}
+        if nonfinite != "propagate" and expected != {shard.name for shard in binding.shards}:
+            raise ValueError(
+                f"nonfinite={nonfinite!r}: ZeRO calls the optimizer once a group, so part of a step could "
+                f"be left out. Remove the option: DeepSpeed itself skips steps whose gradients are not finite (in bf16 "
+                f'unless "check_grad_overflow" is false), and engine.skipped_steps counts them'
+            )
 
     def _forget_replaced(self) -> None:
         """Nothing: DeepSpeed puts its buffers in the groups by turns."""

@@ -7,12 +7,14 @@ fingerprints are compared first, and on a difference every rank raises with the 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 _SHOWN = 5
 T = TypeVar("T")
@@ -50,23 +52,21 @@ def require_none(problems: Sequence[str], group: dist.ProcessGroup | None, headi
         raise ValueError(f"{heading}:\n" + "\n".join(lines))
 
 
-def nonfinite_gradients(
-    gradients: Sequence[tuple[str, Tensor]], groups: Sequence[dist.ProcessGroup], device: torch.device
-) -> list[str]:
-    """Whose gradients hold a NaN or an infinity on any rank: the same names on all of them, none as a rule.
+def all_finite(gradients: Sequence[Tensor], groups: Sequence[dist.ProcessGroup], device: torch.device) -> Tensor:
+    """Whether the gradients of all ranks are finite: a bool scalar on ``device``, the same on every rank.
 
-    Costs one synchronisation of host and device, and one small all-reduce a group.
+    Costs one pass over the gradients and a small all-reduce a group. The host waits for nothing, except with gloo.
     """
-    flags = [torch.isfinite(gradient).all() for _, gradient in gradients]
-    bad = torch.zeros((), dtype=torch.int32, device=device)
-    if flags:
-        bad += (~torch.stack(flags).all()).to(torch.int32)
+    largest = get_total_norm(gradients, norm_type=math.inf)  # of NaN it is NaN
+    finite = torch.isfinite(largest).to(device=device, dtype=torch.int32)
     for group in groups:
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
-    if not bad.item():
-        return []
-    here = [name for (name, _), finite in zip(gradients, flags, strict=True) if not finite]
-    names = set(here)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
+    return finite.bool()
+
+
+def nonfinite_names(gradients: Sequence[tuple[str, Tensor]], groups: Sequence[dist.ProcessGroup]) -> list[str]:
+    """Whose gradients hold a NaN or an infinity on any rank: the same names on all of them. Waits for the device."""
+    names = {name for name, gradient in gradients if not torch.isfinite(gradient).all()}
     for group in groups:
         names = names.union(*gathered(names, group))
     return sorted(names)

@@ -110,9 +110,17 @@ def test_a_matrix_cut_out_of_another_has_its_own_polar_factor() -> None:
     assert torch.equal(polar_factor(cut, steps), polar_factor(cut.contiguous(), steps))
 
 
-def test_a_step_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("momentum_state", ["linear8", "lowrank4"])
+def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any) -> None:
     parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
-    optimizer = DistMuon(list(parameters.items()), chunk_bytes=1 << 20, adamw_state="dynamic8")
+    optimizer = DistMuon(
+        list(parameters.items()),
+        chunk_bytes=1 << 20,
+        adamw_state="dynamic8",
+        momentum_state=momentum_state,
+        nonfinite=nonfinite,
+    )
     for name, gradient in values(1).items():
         parameters[name].grad = gradient
     optimizer.step()

@@ -41,13 +41,16 @@ class Pieces(NamedTuple):
     packed: str
 
     @classmethod
-    def of(cls, gradients: Sequence[Tensor], rests: Sequence[Encoded], packed: Sequence[Encoded]) -> Pieces | None:
+    def of(
+        cls, gradients: Sequence[Tensor], rests: Sequence[Encoded], packed: Sequence[Encoded], taken: Tensor | None
+    ) -> Pieces | None:
         """None where kernels cannot take them.
 
         Args:
             gradients: [rows, cols] each, fp32, bf16 or fp16.
             rests: what the low-rank part leaves, stored; updated in place.
             packed: where what is to be orthogonalised goes.
+            taken: as for ``table_on``.
         """
         rows = []
         for gradient, rest, wire in zip(gradients, rests, packed, strict=True):
@@ -57,7 +60,9 @@ class Pieces(NamedTuple):
                 return None
             rows.append([gradient.numel() // block, *place])
         first = gradients[0]
-        return cls(table_on(first.device, rows), grid(rows, block), block, first.dtype, rests[0], packed[0].format)
+        return cls(
+            table_on(first.device, rows, taken), grid(rows, block), block, first.dtype, rests[0], packed[0].format
+        )
 
     def accumulate(self, low: Tensor, beta: float, nesterov: bool) -> Tensor:
         """Packs what is to be orthogonalised; returns the new momenta, [n, rows, cols], bf16.
