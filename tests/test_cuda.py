@@ -131,6 +131,29 @@ def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any) 
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_grad_scaler_finds_its_scale_in_fp16_and_overflows_leave_no_trace() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32)).cuda()
+    optimizer = DistMuon(model.named_parameters())
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    inputs, skipped = torch.randn(256, 64, device="cuda"), 0
+    for _ in range(40):
+        before, scale = [p.detach().clone() for p in model.parameters()], scaler.get_scale()
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            outputs = model(inputs)
+        scaler.scale(outputs.float().square().mean()).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        overflowed = scaler.get_scale() < scale
+        skipped += overflowed
+        assert overflowed == all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert 0 < skipped < 40
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 def test_the_memory_of_a_step_does_not_grow_with_the_model() -> None:
     def extra(layers: int) -> int:
         parameters = [(f"{i}.weight", nn.Parameter(torch.randn(1024, 1024, device="cuda"))) for i in range(layers)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -45,7 +47,8 @@ def test_a_step_that_is_not_finite_is_skipped_whole_by_the_optimizer_or_by_deeps
         if stage > 0:
             with pytest.raises(ValueError, match=r"nonfinite='skip': ZeRO calls.*engine.skipped_steps"):
                 train(stage, 1, optimizer=skipping)
-        _, engine = train(stage, 1, **({"optimizer": skipping} if stage == 0 else {}))
+        changes: dict[str, Any] = {"optimizer": skipping} if stage == 0 else {}
+        _, engine = train(stage, 1, **changes)
         before = weights(engine.module)
         for _ in range(MICRO_BATCHES):
             engine.backward(engine(batch(1, 0)) * float("nan"))
