@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,12 @@ def save_state(engine: deepspeed.DeepSpeedEngine, folder: str | Path) -> None:
     """:func:`muon_dist.checkpoint.save_state` of an engine's optimizer."""
     with _all_in_groups(engine) as optimizer:
         checkpoint.save_state(optimizer, folder)
+
+
+def async_save(engine: deepspeed.DeepSpeedEngine, folder: str | Path) -> Future[None]:
+    """:func:`muon_dist.checkpoint.async_save` of an engine's optimizer."""
+    with _all_in_groups(engine) as optimizer:
+        return checkpoint.async_save(optimizer, folder)
 
 
 def load_state(engine: deepspeed.DeepSpeedEngine, folder: str | Path, *, strict: bool = True) -> checkpoint.LoadReport:
