@@ -30,9 +30,7 @@ from muon_dist import checkpoint
 from muon_dist.agreement import require_none
 from muon_dist.binding import Binding, tensor_shards
 from muon_dist.integrations.zero import Buffer, Partition, partitions, stage_of
-from muon_dist.muon import MuonWork
-from muon_dist.optimizer import DistMuon
-from muon_dist.pipeline import Pipeline
+from muon_dist.optimizer import Connections, DistMuon
 from muon_dist.shards import Shard
 
 OLDEST = (0, 19)
@@ -133,7 +131,7 @@ class DistOrthogonal(DistMuon):
         """The model's parameters of a group, by name."""
         return {name: p for name in group["members"] if (p := self._model_parameters[name]).requires_grad}
 
-    def _connect(self, binding: Binding) -> list[tuple[Pipeline, MuonWork]]:
+    def _connect(self, binding: Binding) -> Connections:
         if binding.signature not in self._connections:
             self._require_whole_steps(binding)
             problems = [partition.problem for partition in self._partitions() if partition.problem]

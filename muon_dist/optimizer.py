@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from muon_dist.agreement import all_finite, nonfinite_names, require_same
+from muon_dist.agreement import Watch, all_finite, nonfinite_names, require_same
 from muon_dist.binding import Binding, Signature, bind, named, signature, tensor_shards
 from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
@@ -50,6 +50,13 @@ from muon_dist.sharding import local
 from muon_dist.shards import Shard
 from muon_dist.state_dict import require_matching, require_same_members
 from muon_dist.wire import wire_format
+
+
+class Connections(NamedTuple):
+    """What a binding has with other ranks."""
+
+    pipelines: list[tuple[Pipeline, MuonWork]]
+    replicated: list[tuple[list[Shard], Watch]]  # over the same ranks
 
 
 class DistMuon(torch.optim.Optimizer):
@@ -156,7 +163,7 @@ class DistMuon(torch.optim.Optimizer):
         }
         self._defaults = Defaults(muon, {**muon, "lr": adamw_lr, "weight_decay": adamw_weight_decay})
         self._bindings: dict[Signature, Binding] = {}
-        self._connections: dict[Signature, list[tuple[Pipeline, MuonWork]]] = {}
+        self._connections: dict[Signature, Connections] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         super().__init__(params, muon)
 
@@ -197,7 +204,7 @@ class DistMuon(torch.optim.Optimizer):
     @property
     def plans(self) -> list[Plan]:
         """The plans in use: owners, chunks and loads, one for each set of ranks."""
-        return [pipeline.plan for pipelines in self._connections.values() for pipeline, _ in pipelines]
+        return [pipeline.plan for found in self._connections.values() for pipeline, _ in found.pipelines]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -207,9 +214,11 @@ class DistMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         binding = self._bind()
-        pipelines = self._connect(binding)
+        pipelines, replicated = self._connect(binding)
         for shard in binding.shards:
             shard.require_gradient_fits()
+        for shards, watch in replicated:
+            watch.require_same(frozenset(shard.name for shard in shards if not shard.has_gradient), _NO_GRADIENT)
         with _current(binding.device):
             taken = self._judge(binding)
             update_adamw = partial(binding.update_adamw, taken)
@@ -286,23 +295,25 @@ class DistMuon(torch.optim.Optimizer):
         for orphan in [p for p in self.state if id(p) not in present]:
             del self.state[orphan]
 
-    def _connect(self, binding: Binding) -> list[tuple[Pipeline, MuonWork]]:
+    def _connect(self, binding: Binding) -> Connections:
         """Process groups, agreement, plans and pipelines of a binding. Collective, once for each binding."""
         if binding.signature in self._connections:
             return self._connections[binding.signature]
-        pipelines = []
+        connections = Connections([], [])
         for ranks, parameters in binding.domains().items():
             group = self._group_of(ranks)
             if group is not None:
                 require_same(self._describe(binding, ranks), group)
+                if replicated := [shard for shard in binding.shards if shard.ranks == ranks and shard.is_replicated]:
+                    connections.replicated.append((replicated, Watch(group, binding.device)))
             if parameters:
                 plan = make_plan([p.matrix for p in parameters], len(ranks), self._wire, self._options.chunk_bytes)
                 work = MuonWork(
                     parameters, self._wire, self._schedule, self._options.polar_form, self._options.polar_dtype
                 )
-                pipelines.append((Pipeline(plan, self._wire, group, binding.device), work))
-        self._connections[binding.signature] = pipelines
-        return pipelines
+                connections.pipelines.append((Pipeline(plan, self._wire, group, binding.device), work))
+        self._connections[binding.signature] = connections
+        return connections
 
     def _group_of(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         """The optimizer's own process group of ``ranks``, so that its collectives never queue behind the engine's."""
@@ -344,6 +355,12 @@ class DistMuon(torch.optim.Optimizer):
                 f'them pass with "propagate"'
             )
         return None
+
+
+_NO_GRADIENT = (
+    "some replicas of parameters had no gradient in the last step while others had one, so they have drifted apart. Go "
+    "on from a checkpoint, and reduce gradients over all replicas, zeros where one has none. Without a gradient were"
+)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

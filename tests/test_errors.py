@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from muon_dist import DistMuon
 from muon_dist.sharding import local
@@ -129,6 +129,32 @@ def test_another_order_of_parameters_raises_instead_of_hanging() -> None:
             DistMuon(named[:: 1 - 2 * rank]).step()
 
     run_ranks(2, check)
+
+
+@pytest.mark.parametrize("replicas", ["DDP", "HSDP"])
+@pytest.mark.parametrize("name", ["a.weight", "norm.weight"])
+def test_replicas_with_and_without_a_gradient_raise_on_all_at_the_next_step(name: str, replicas: str) -> None:
+    ranks = 2 if replicas == "DDP" else 4
+
+    def check(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (2, 2)) if replicas == "HSDP" else None
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            return distribute_tensor(tensor, mesh, [Replicate(), Shard(0)]) if mesh else tensor
+
+        shapes = {"a.weight": (8, 8), "b.weight": (8, 4), "norm.weight": (8,)}
+        named = {n: nn.Parameter(place(torch.ones(shape))) for n, shape in shapes.items()}
+        optimizer = DistMuon(named.items())
+        for missing in ({"b.weight"}, set(), {name} if rank == ranks - 1 else set()):
+            for n, p in named.items():
+                p.grad = None if n in missing else p.detach().clone()
+            optimizer.step()
+        with pytest.raises(
+            ValueError, match=rf"(?s)drifted apart.*reduce gradients.*  {name}: on ranks \[{ranks - 1}\]$"
+        ):
+            optimizer.step()
+
+    run_ranks(ranks, check)
 
 
 def test_a_gradient_on_another_mesh_is_refused_before_anything_changes() -> None:
