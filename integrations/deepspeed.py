@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,7 @@ from muon_dist import checkpoint
 from muon_dist.agreement import require_none
 from muon_dist.binding import Binding, tensor_shards
 from muon_dist.integrations.zero import Buffer, Partition, partitions, stage_of
-from muon_dist.muon import MuonWork
-from muon_dist.optimizer import DistMuon
-from muon_dist.pipeline import Pipeline
+from muon_dist.optimizer import Connections, DistMuon
 from muon_dist.shards import Shard
 
 OLDEST = (0, 19)
@@ -132,12 +131,24 @@ class DistOrthogonal(DistMuon):
         """The model's parameters of a group, by name."""
         return {name: p for name in group["members"] if (p := self._model_parameters[name]).requires_grad}
 
-    def _connect(self, binding: Binding) -> list[tuple[Pipeline, MuonWork]]:
+    def _connect(self, binding: Binding) -> Connections:
         if binding.signature not in self._connections:
+            self._require_whole_steps(binding)
             problems = [partition.problem for partition in self._partitions() if partition.problem]
             for ranks in binding.domains():
                 require_none(problems, self._group_of(ranks), "the layout of DeepSpeed's buffers is not understood")
         return super()._connect(binding)
+
+    def _require_whole_steps(self, binding: Binding) -> None:
+        """Raises ValueError where gradients are to be judged and ZeRO hands them over in parts."""
+        nonfinite = self.options.nonfinite
+        expected = {name for name, p in self._model_parameters.items() if p.requires_grad}
+        if nonfinite != "propagate" and expected != {shard.name for shard in binding.shards}:
+            raise ValueError(
+                f"nonfinite={nonfinite!r}: ZeRO calls the optimizer once a group, so part of a step could "
+                f"be left out. Remove the option: DeepSpeed itself skips steps whose gradients are not finite (in bf16 "
+                f'unless "check_grad_overflow" is false), and engine.skipped_steps counts them'
+            )
 
     def _forget_replaced(self) -> None:
         """Nothing: DeepSpeed puts its buffers in the groups by turns."""
@@ -147,6 +158,12 @@ def save_state(engine: deepspeed.DeepSpeedEngine, folder: str | Path) -> None:
     """:func:`muon_dist.checkpoint.save_state` of an engine's optimizer."""
     with _all_in_groups(engine) as optimizer:
         checkpoint.save_state(optimizer, folder)
+
+
+def async_save(engine: deepspeed.DeepSpeedEngine, folder: str | Path) -> Future[None]:
+    """:func:`muon_dist.checkpoint.async_save` of an engine's optimizer."""
+    with _all_in_groups(engine) as optimizer:
+        return checkpoint.async_save(optimizer, folder)
 
 
 def load_state(engine: deepspeed.DeepSpeedEngine, folder: str | Path, *, strict: bool = True) -> checkpoint.LoadReport:

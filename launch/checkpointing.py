@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
+from muon_dist.checkpoint.background import Background
 from muon_dist.checkpoint.seal import UNFINISHED, begin, finish, is_finished, verify
-from muon_dist.launch.engines import Engine
+from muon_dist.launch.engines import Engine, Write
 from muon_dist.launch.environment import Environment
 
 DAMAGED = ".damaged"
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run, and the newest `keep` of them in it."""
+    """The folder `checkpoints/` of a run, and the newest `keep` of them in it.
 
-    def __init__(self, folder: Path, keep: int, environment: Environment) -> None:
+    In the background, saving returns when there is a copy of the state in host memory; the next save, or `wait`, waits
+    until it is written, and raises what went wrong.
+    """
+
+    def __init__(self, folder: Path, keep: int, environment: Environment, in_background: bool) -> None:
         self.folder = folder
         self.keep = keep
         self.environment = environment
+        self._background = Background(dist.group.WORLD) if in_background else None
 
     def save(self, engine: Engine, step: int) -> None:
+        self.wait()
         folder = self.folder / f"step-{step:08d}"
         unfinished = begin(folder, dist.group.WORLD)
-        engine.save(unfinished, step)
-        finish(unfinished, folder, {"step": step, "world_size": self.environment.world_size}, dist.group.WORLD)
+        if self._background is None:
+            self._write(engine.writer(step), unfinished, folder, step, dist.group.WORLD)
+        else:
+            self._background.start(partial(self._write, engine.copied_writer(step), unfinished, folder, step))
+
+    def wait(self) -> None:
+        if self._background is not None:
+            self._background.wait()
+
+    def _write(self, write: Write, unfinished: Path, folder: Path, step: int, group: dist.ProcessGroup | None) -> None:
+        write(unfinished, group)
+        finish(unfinished, folder, {"step": step, "world_size": self.environment.world_size}, group)
         if self.environment.is_main:
             self._prune()
 

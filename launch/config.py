@@ -62,6 +62,9 @@ class TrainConfig:
     eval_every: Annotated[int, "steps between evaluations; the last step is always evaluated"] = 50
     eval_sequences: Annotated[int, "held-out sequences of an evaluation, the same ones every time"] = 256
     checkpoint_every: Annotated[int, "steps between checkpoints; 0: only the last step is saved"] = 0
+    async_save: Annotated[
+        bool, "write checkpoints in the background, from a copy in host memory (not with deepspeed)"
+    ] = False
     keep_checkpoints: Annotated[int, "how many of the newest checkpoints are kept"] = 3
     resume: Annotated[bool, "continue from the newest checkpoint in --out, if there is one"] = False
 
@@ -76,6 +79,8 @@ class TrainConfig:
             raise UsageError("--engine deepspeed needs --ds-config, a JSON file such as launch/configs/zero2.json")
         if self.engine != "deepspeed" and self.ds_config is not None:
             raise UsageError(f"--ds-config is for --engine deepspeed, not for --engine {self.engine}")
+        if self.engine == "deepspeed" and self.async_save:
+            raise UsageError("--async-save is for torch's engines; DeepSpeed writes its checkpoints itself")
         if self.data and self.hf_dataset:
             raise UsageError("--data and --hf-dataset both name the text to train on; give one of them")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from muon_dist.launch.config import TrainConfig, UsageError
-from muon_dist.launch.engines import Engine
+from muon_dist.launch.engines import Engine, Write
 from muon_dist.launch.optimizers import warmup_cosine
 
 
@@ -71,8 +71,8 @@ class DeepSpeedEngine(Engine):
         sharded_norm: Tensor | float | None = self.model.get_global_grad_norm()
         return math.nan if sharded_norm is None else sharded_norm  # the file can say "compute_grad_norm": false
 
-    def save(self, folder: Path, step: int) -> None:
-        self.model.save_checkpoint(str(folder), client_state={"step": step})
+    def writer(self, step: int) -> Write:
+        return lambda folder, _: self.model.save_checkpoint(str(folder), client_state={"step": step})
 
     def load(self, folder: Path) -> int:
         path, client_state = self.model.load_checkpoint(str(folder))

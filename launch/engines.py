@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import LlamaForCausalLM
 
+from muon_dist.checkpoint.background import on_host
 from muon_dist.integrations.fsdp import data_parallel_mesh, no_gradient_sync, shard_transformer
 from muon_dist.launch.config import TrainConfig
 from muon_dist.launch.environment import Environment
@@ -27,6 +29,7 @@ from muon_dist.launch.models import transformer_blocks
 from muon_dist.launch.optimizers import build_optimizers, expected_state_bytes, warmup_cosine
 
 Context = Callable[[], AbstractContextManager[object]]
+Write = Callable[[Path, dist.ProcessGroup | None], None]  # into a folder; the ranks that do it together
 
 
 class Engine(ABC):
@@ -51,12 +54,16 @@ class Engine(ABC):
         before it was clipped."""
 
     @abstractmethod
-    def save(self, folder: Path, step: int) -> None:
-        """Writes all that a resumed run needs, `step` included."""
+    def writer(self, step: int) -> Write:
+        """Writes all that a resumed run needs, `step` included, as it is when it is called."""
+
+    def copied_writer(self, step: int) -> Write:
+        """Writes a copy of it, taken now, from another thread."""
+        raise NotImplementedError(f"{type(self).__name__} writes its checkpoints itself")
 
     @abstractmethod
     def load(self, folder: Path) -> int:
-        """Goes on from what `save` wrote; returns its step."""
+        """Goes on from what a writer wrote; returns its step."""
 
     def close(self) -> None:  # noqa: B027 - torch's engines hold on to nothing
         """Lets go of the process groups; the engine is of no use afterwards."""
@@ -110,9 +117,13 @@ class TorchEngine(Engine):
             scheduler.step()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def save(self, folder: Path, step: int) -> None:
+    def writer(self, step: int) -> Write:
         state = TrainingState(self.model, self.optimizers, self.schedulers, step)
-        dcp.save({"training": state}, checkpoint_id=folder)
+        return lambda folder, group: _save(state, folder, group)
+
+    def copied_writer(self, step: int) -> Write:
+        copy = on_host(TrainingState(self.model, self.optimizers, self.schedulers, step).state_dict())
+        return lambda folder, group: _save(copy, folder, group)
 
     def load(self, folder: Path) -> int:
         state = TrainingState(self.model, self.optimizers, self.schedulers)
@@ -146,3 +157,7 @@ class TrainingState(Stateful):
         for scheduler, state in zip(self.schedulers, state_dict["schedulers"], strict=True):
             scheduler.load_state_dict(state)
         self.step = state_dict["step"]
+
+
+def _save(state: TrainingState | dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
+    dcp.save({"training": state}, checkpoint_id=folder, process_group=group)

@@ -61,7 +61,7 @@ def train(config: TrainConfig, environment: Environment, text: TextData, ds_conf
     }  # before they are sharded
     engine: Engine
     engine = DeepSpeedEngine(config, model, ds_config) if ds_config else TorchEngine(config, environment, model)
-    checkpoints = Checkpoints(config.out / "checkpoints", config.keep_checkpoints, environment)
+    checkpoints = Checkpoints(config.out / "checkpoints", config.keep_checkpoints, environment, config.async_save)
     interruption = Interruption(environment)
     first_step = 1 + (checkpoints.load_newest(engine) if config.resume else 0)
     if first_step > config.steps:
@@ -92,6 +92,8 @@ def train(config: TrainConfig, environment: Environment, text: TextData, ds_conf
                     checkpoints.save(engine, step)
             if is_interrupted:
                 break
+        with metrics.untimed():
+            checkpoints.wait()
 
     if is_interrupted:
         if environment.is_main:

@@ -50,16 +50,22 @@ class AdamWParameter:
         self.exp_avg.create(self.shard.state)
         self.exp_avg_sq.create(self.shard.state)
 
-    def update(self) -> None:
+    def update(self, taken: Tensor | None = None) -> None:
         """One AdamW step, where the parameter lies; nothing where there is no gradient. Ranks with an empty shard count
-        steps like the others."""
+        steps like the others.
+
+        Args:
+            taken: a bool on the device, whether anything changes; None: it does.
+        """
         gradient = self.shard.gradient()
         weight = self.shard.weight()
         if gradient is None:
             return
         group, state = self.shard.group, self.shard.state
         step = self.step.buffers(state)[""]
-        step += 1
+        if taken is not None:
+            taken = taken.to(step.device)
+        step += 1 if taken is None else taken
         if weight.numel() == 0:
             return
         first, second = self.exp_avg.buffers(state), self.exp_avg_sq.buffers(state)
@@ -68,7 +74,7 @@ class AdamWParameter:
             adamw_kernels.adamw(
                 _as_matrix(weight),
                 _as_matrix(gradient),
-                step,
+                step if taken is None else step * taken,
                 self.exp_avg.codec.for_kernels(first),
                 self.exp_avg_sq.codec.for_kernels(second),
                 lr,
@@ -91,6 +97,7 @@ class AdamWParameter:
                 [],
                 [step - 1],  # adamw() counts it up
                 fused=True,
+                found_inf=None if taken is None else (~taken).float(),  # changes nothing, and encoding is idempotent
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

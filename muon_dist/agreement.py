@@ -1,18 +1,24 @@
-"""What the ranks of a job must agree on, checked where it can be: at the first step, and when parameters change.
+"""What the ranks of a job must agree on, checked where it can be.
 
-A plan is computed by every rank on its own. If the inputs differ the collectives differ and the job hangs; so their
-fingerprints are compared first, and on a difference every rank raises with the first lines that differ.
+- Before the first step, and when parameters change: a plan is computed by every rank on its own. If the inputs differ
+  the collectives differ and the job hangs; so their fingerprints are compared first.
+- At every step: which gradients are missing, where there are replicas to drift apart; and whether all are finite, where
+  the options ask for it.
+
+On a difference every rank raises, naming it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 _SHOWN = 5
 T = TypeVar("T")
@@ -50,23 +56,62 @@ def require_none(problems: Sequence[str], group: dist.ProcessGroup | None, headi
         raise ValueError(f"{heading}:\n" + "\n".join(lines))
 
 
-def nonfinite_gradients(
-    gradients: Sequence[tuple[str, Tensor]], groups: Sequence[dist.ProcessGroup], device: torch.device
-) -> list[str]:
-    """Whose gradients hold a NaN or an infinity on any rank: the same names on all of them, none as a rule.
+class Watch:
+    """Compares what ranks say at every step, and waits for no answer: a step starts a small all-reduce, and the next
+    one reads it, on a stream of its own."""
 
-    Costs one synchronisation of host and device, and one small all-reduce a group.
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group = group
+        self._device = device
+        self._streams = torch.get_device_module(device)
+        self._side = self._streams.Stream() if device.type == "cpu" else self._streams.Stream(device=device)
+        self._pending: tuple[frozenset[str], Tensor, dist.Work] | None = None
+
+    def require_same(self, names: frozenset[str], what: str) -> None:
+        """Raises ValueError on every rank if the last step's names were not the same on all of them.
+
+        Args:
+            what: ``names`` are, for the message.
+        """
+        if self._pending is not None:
+            last, extremes, work = self._pending
+            self._pending = None
+            with self._streams.stream(self._side):
+                work.wait()
+                largest, negated_smallest = extremes.tolist()
+            if largest != -negated_smallest:
+                self._raise(last, what)
+        fingerprint = int.from_bytes(hashlib.sha256("\n".join(sorted(names)).encode()).digest()[:7])
+        with self._streams.stream(self._side):
+            extremes = torch.tensor([fingerprint, -fingerprint], device=self._device)
+            started: Any = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = names, extremes, started
+
+    def _raise(self, names: frozenset[str], what: str) -> None:
+        everyones = gathered(names, self._group)
+        differing = set().union(*everyones) - everyones[0].intersection(*everyones)
+        lines = [
+            f"  {name}: on ranks {[rank for rank, theirs in enumerate(everyones) if name in theirs]}"
+            for name in sorted(differing)[:_SHOWN]
+        ]
+        raise ValueError(f"{what}:\n" + "\n".join(lines))
+
+
+def all_finite(gradients: Sequence[Tensor], groups: Sequence[dist.ProcessGroup], device: torch.device) -> Tensor:
+    """Whether the gradients of all ranks are finite: a bool scalar on ``device``, the same on every rank.
+
+    Costs one pass over the gradients and a small all-reduce a group. The host waits for nothing, except with gloo.
     """
-    flags = [torch.isfinite(gradient).all() for _, gradient in gradients]
-    bad = torch.zeros((), dtype=torch.int32, device=device)
-    if flags:
-        bad += (~torch.stack(flags).all()).to(torch.int32)
+    largest = get_total_norm(gradients, norm_type=math.inf)  # of NaN it is NaN
+    finite = torch.isfinite(largest).to(device=device, dtype=torch.int32)
     for group in groups:
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
-    if not bad.item():
-        return []
-    here = [name for (name, _), finite in zip(gradients, flags, strict=True) if not finite]
-    names = set(here)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
+    return finite.bool()
+
+
+def nonfinite_names(gradients: Sequence[tuple[str, Tensor]], groups: Sequence[dist.ProcessGroup]) -> list[str]:
+    """Whose gradients hold a NaN or an infinity on any rank: the same names on all of them. Waits for the device."""
+    names = {name for name, gradient in gradients if not torch.isfinite(gradient).all()}
     for group in groups:
         names = names.union(*gathered(names, group))
     return sorted(names)

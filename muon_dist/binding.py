@@ -37,10 +37,14 @@ class Binding:
     adamw: tuple[AdamWParameter, ...]
     device: torch.device  # where all of them are computed on this rank
 
-    def update_adamw(self) -> None:
-        """The AdamW part of a step. Local."""
+    def update_adamw(self, taken: Tensor | None) -> None:
+        """The AdamW part of a step. Local.
+
+        Args:
+            taken: a bool on the device, whether anything changes; None: it does.
+        """
         for p in self.adamw:
-            p.update()
+            p.update(taken)
 
     def stored(self) -> Iterator[tuple[Shard, StoredTensor]]:
         """All state of this rank, with the parameter that each is of."""

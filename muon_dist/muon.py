@@ -65,11 +65,18 @@ class MuonParameter:
         self.momentum.create(self.shard.state)
 
     def accumulate(
-        self, rect: Rect, wire: WireFormat, packed: Tensor, batch: AccumulateBatch | None, stacks: AccumulateStacks
+        self,
+        rect: Rect,
+        wire: WireFormat,
+        packed: Tensor,
+        taken: Tensor | None,
+        batch: AccumulateBatch | None,
+        stacks: AccumulateStacks,
     ) -> None:
         """Takes the gradient into the momentum and packs what is to be orthogonalised; zeros where there is none.
 
         Args:
+            taken: whether the step is, as ``MuonWork`` has it.
             batch, stacks: may take the work, to be launched later; the first is None if there are no kernels.
         """
         gradient = self.shard.gradient()
@@ -85,7 +92,7 @@ class MuonParameter:
             momentum, out = self.momentum.codec.for_kernels(buffers), wire.for_kernels(packed, *g.shape)
             if kernels.fit(g.shape, momentum, out) and batch.take(g, momentum, out, *self._decays):
                 return
-        with on_device(buffers, packed.device) as here:
+        with on_device(buffers, packed.device, taken) as here:
             self._accumulate(g.to(packed.device, non_blocking=True), here, wire, packed)
 
     def _accumulate(self, g: Tensor, buffers: Mapping[str, Tensor], wire: WireFormat, packed: Tensor) -> None:
@@ -105,7 +112,9 @@ class MuonParameter:
         u = g.lerp(m, beta) if nesterov else m
         wire.pack(u.unsqueeze(0), packed.unsqueeze(0))
 
-    def apply(self, rect: Rect, wire: WireFormat, packed: Tensor, batch: ApplyBatch | None) -> None:
+    def apply(
+        self, rect: Rect, wire: WireFormat, packed: Tensor, taken: Tensor | None, batch: ApplyBatch | None
+    ) -> None:
         """Decays and updates the rectangle ``rect`` of the parameter; without a gradient it stays as it is."""
         if not self.shard.has_gradient:
             return
@@ -114,7 +123,7 @@ class MuonParameter:
             update = wire.back.for_kernels(packed, *part.shape)
             if kernels.fit(part.shape, update) and batch.take(part, update, *self._factors):
                 return
-        with on_device({"weight": part}, packed.device) as here:
+        with on_device({"weight": part}, packed.device, taken) as here:
             self._apply(here["weight"], wire, packed)
 
     def _apply(self, weight: Tensor, wire: WireFormat, packed: Tensor) -> None:
@@ -145,19 +154,25 @@ class MuonParameter:
 
 @dataclass(frozen=True)
 class MuonWork:
-    """The work of one plan, as :class:`muon_dist.pipeline.MatrixWork`; parameters in the plan's order."""
+    """The work of one plan, as :class:`muon_dist.pipeline.MatrixWork`; parameters in the plan's order.
+
+    Attributes:
+        taken: a bool on the device, whether this step changes state and weights; None: it does. What a step that is not
+            taken computes on its way is garbage, and all of it is dropped.
+    """
 
     parameters: Sequence[MuonParameter]
     wire: WireFormat
     schedule: Schedule
     form: PolarForm
     dtype: torch.dtype | None
+    taken: Tensor | None = None
 
     def accumulate(self, pieces: Sequence[PackedPiece]) -> None:
-        batch = batches.AccumulateBatch() if pieces and kernels.usable_on(pieces[0].packed.device) else None
-        stacks = AccumulateStacks(self.wire)
+        batch = batches.AccumulateBatch(self.taken) if pieces and kernels.usable_on(pieces[0].packed.device) else None
+        stacks = AccumulateStacks(self.wire, self.taken)
         for matrix, rect, packed in pieces:
-            self.parameters[matrix].accumulate(rect, self.wire, packed, batch, stacks)
+            self.parameters[matrix].accumulate(rect, self.wire, packed, self.taken, batch, stacks)
         stacks.launch()
         if batch is not None:
             batch.launch()
@@ -168,8 +183,8 @@ class MuonWork:
         return polar_factor(matrices, self.schedule, form=self.form, dtype=dtype, out=out if fits else None)
 
     def apply(self, pieces: Sequence[PackedPiece]) -> None:
-        batch = batches.ApplyBatch() if pieces and kernels.usable_on(pieces[0].packed.device) else None
+        batch = batches.ApplyBatch(self.taken) if pieces and kernels.usable_on(pieces[0].packed.device) else None
         for matrix, rect, packed in pieces:
-            self.parameters[matrix].apply(rect, self.wire, packed, batch)
+            self.parameters[matrix].apply(rect, self.wire, packed, self.taken, batch)
         if batch is not None:
             batch.launch()

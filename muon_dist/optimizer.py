@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from muon_dist.agreement import nonfinite_gradients, require_same
+from muon_dist.agreement import Watch, all_finite, nonfinite_names, require_same
 from muon_dist.binding import Binding, Signature, bind, named, signature, tensor_shards
 from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
@@ -48,6 +50,13 @@ from muon_dist.sharding import local
 from muon_dist.shards import Shard
 from muon_dist.state_dict import require_matching, require_same_members
 from muon_dist.wire import wire_format
+
+
+class Connections(NamedTuple):
+    """What a binding has with other ranks."""
+
+    pipelines: list[tuple[Pipeline, MuonWork]]
+    replicated: list[tuple[list[Shard], Watch]]  # over the same ranks
 
 
 class DistMuon(torch.optim.Optimizer):
@@ -85,8 +94,8 @@ class DistMuon(torch.optim.Optimizer):
             vectors stay in fp32).
         overrides: ``{name pattern: "muon" | "adamw"}``, before the rules.
         nonfinite: what NaN or infinite gradients do: "propagate" as in torch's optimizers; "skip" the step on every
-            rank, which ``skipped_steps`` counts; or "raise" on every rank. The latter two change nothing, and cost a
-            synchronisation a step.
+            rank, which ``skipped_steps`` counts; or "raise" on every rank. The latter two change nothing, and look at
+            the gradients once more; "raise" also waits for the device, "skip" does not.
         process_group: ranks that hold plain tensors as replicas; the default group where torch.distributed is
             initialised.
 
@@ -142,7 +151,7 @@ class DistMuon(torch.optim.Optimizer):
         self._overrides = overrides
         self._process_group = process_group
         self._grouping = Grouping()
-        self.skipped_steps = 0  # because of NaN or infinite gradients, of this process
+        self._skipped: Tensor | None = None  # a count on the device
         muon = {
             "lr": lr,
             "momentum": momentum,
@@ -154,7 +163,7 @@ class DistMuon(torch.optim.Optimizer):
         }
         self._defaults = Defaults(muon, {**muon, "lr": adamw_lr, "weight_decay": adamw_weight_decay})
         self._bindings: dict[Signature, Binding] = {}
-        self._connections: dict[Signature, list[tuple[Pipeline, MuonWork]]] = {}
+        self._connections: dict[Signature, Connections] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         super().__init__(params, muon)
 
@@ -188,9 +197,14 @@ class DistMuon(torch.optim.Optimizer):
         return self._options
 
     @property
+    def skipped_steps(self) -> int:
+        """Steps of this process that NaN or infinite gradients left out. Waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    @property
     def plans(self) -> list[Plan]:
         """The plans in use: owners, chunks and loads, one for each set of ranks."""
-        return [pipeline.plan for pipelines in self._connections.values() for pipeline, _ in pipelines]
+        return [pipeline.plan for found in self._connections.values() for pipeline, _ in found.pipelines]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -200,17 +214,19 @@ class DistMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         binding = self._bind()
-        pipelines = self._connect(binding)
+        pipelines, replicated = self._connect(binding)
         for shard in binding.shards:
             shard.require_gradient_fits()
-        if self._options.nonfinite != "propagate" and self._is_to_be_skipped(binding):
-            return loss
+        for shards, watch in replicated:
+            watch.require_same(frozenset(shard.name for shard in shards if not shard.has_gradient), _NO_GRADIENT)
         with _current(binding.device):
+            taken = self._judge(binding)
+            update_adamw = partial(binding.update_adamw, taken)
             # AdamW's update needs no exchange: it fills the time while the first chunk travels.
             for i, (pipeline, work) in enumerate(pipelines):
-                pipeline.run(work, meanwhile=binding.update_adamw if i == 0 else _nothing)
+                pipeline.run(replace(work, taken=taken), meanwhile=update_adamw if i == 0 else _nothing)
             if not pipelines:
-                binding.update_adamw()
+                update_adamw()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,23 +295,25 @@ class DistMuon(torch.optim.Optimizer):
         for orphan in [p for p in self.state if id(p) not in present]:
             del self.state[orphan]
 
-    def _connect(self, binding: Binding) -> list[tuple[Pipeline, MuonWork]]:
+    def _connect(self, binding: Binding) -> Connections:
         """Process groups, agreement, plans and pipelines of a binding. Collective, once for each binding."""
         if binding.signature in self._connections:
             return self._connections[binding.signature]
-        pipelines = []
+        connections = Connections([], [])
         for ranks, parameters in binding.domains().items():
             group = self._group_of(ranks)
             if group is not None:
                 require_same(self._describe(binding, ranks), group)
+                if replicated := [shard for shard in binding.shards if shard.ranks == ranks and shard.is_replicated]:
+                    connections.replicated.append((replicated, Watch(group, binding.device)))
             if parameters:
                 plan = make_plan([p.matrix for p in parameters], len(ranks), self._wire, self._options.chunk_bytes)
                 work = MuonWork(
                     parameters, self._wire, self._schedule, self._options.polar_form, self._options.polar_dtype
                 )
-                pipelines.append((Pipeline(plan, self._wire, group, binding.device), work))
-        self._connections[binding.signature] = pipelines
-        return pipelines
+                connections.pipelines.append((Pipeline(plan, self._wire, group, binding.device), work))
+        self._connections[binding.signature] = connections
+        return connections
 
     def _group_of(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         """The optimizer's own process group of ``ranks``, so that its collectives never queue behind the engine's."""
@@ -311,22 +329,38 @@ class DistMuon(torch.optim.Optimizer):
         shards = [shard for shard in binding.shards if shard.ranks == ranks]
         return [repr(self._options), *(f"{shard.description} {options[id(shard.group)]}" for shard in shards)]
 
-    def _is_to_be_skipped(self, binding: Binding) -> bool:
-        """Raises FloatingPointError instead where the options say so."""
+    def _judge(self, binding: Binding) -> Tensor | None:
+        """Whether this step is taken: a bool on the device, the same on all ranks, for which the host does not wait; or
+        None: it is.
+
+        Raises:
+            FloatingPointError: gradients are not finite, and the options say so; this waits.
+        """
+        if self._options.nonfinite == "propagate":
+            return None
         gradients = [
             (shard.name, gradient)
             for shard in binding.shards
             if (gradient := shard.gradient()) is not None and gradient.numel()
         ]
         groups = [group for ranks in binding.domains() if (group := self._group_of(ranks))]
-        names = nonfinite_gradients(gradients, groups, binding.device)
-        if names and self._options.nonfinite == "raise":
+        taken = all_finite([gradient for _, gradient in gradients], groups, binding.device)
+        if self._options.nonfinite == "skip":
+            self._skipped = ~taken + (0 if self._skipped is None else self._skipped)
+            return taken
+        if not taken:
             raise FloatingPointError(
-                f"the gradients of {', '.join(names)} hold NaN or infinity; nothing was updated. Lower the learning "
-                f'rate, clip the gradients, skip such steps with nonfinite="skip", or let them pass with "propagate"'
+                f"the gradients of {', '.join(nonfinite_names(gradients, groups))} hold NaN or infinity; nothing was "
+                f'updated. Lower the learning rate, clip the gradients, skip such steps with nonfinite="skip", or let '
+                f'them pass with "propagate"'
             )
-        self.skipped_steps += bool(names)
-        return bool(names)
+        return None
+
+
+_NO_GRADIENT = (
+    "some replicas of parameters had no gradient in the last step while others had one, so they have drifted apart. Go "
+    "on from a checkpoint, and reduce gradients over all replicas, zeros where one has none. Without a gradient were"
+)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -90,6 +90,11 @@ class Shard(ABC):
         """How AdamW's moments lie: as the parameter does."""
 
     @property
+    def is_replicated(self) -> bool:
+        """Whether several ranks have the same part of it."""
+        return False
+
+    @property
     @abstractmethod
     def description(self) -> str:
         """What must be the same on all of ``ranks``."""
@@ -167,6 +172,11 @@ class TensorShard(Shard):
     def moments_layout(self, block_size: int) -> StateLayout:
         placements = self.home.placements
         return sharded_layout(self.shape, self.home, placements, self._index, block_size, self.mesh, self._lies_on)
+
+    @property
+    def is_replicated(self) -> bool:
+        placed = zip(self.home.mesh_shape, self.home.placements, strict=True)
+        return any(size > 1 and placement.is_replicate() for size, placement in placed)
 
     @property
     def description(self) -> str:

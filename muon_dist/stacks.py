@@ -34,8 +34,9 @@ class Member(NamedTuple):
 class AccumulateStacks:
     """Collects pieces, then accumulates them shape by shape."""
 
-    def __init__(self, wire: WireFormat) -> None:
+    def __init__(self, wire: WireFormat, taken: Tensor | None) -> None:
         self._wire = wire
+        self._taken = taken
         self._members: dict[tuple[Codec, torch.Size, float, bool], list[Member]] = {}
 
     def take(self, codec: Codec, member: Member, beta: float, nesterov: bool) -> None:
@@ -46,24 +47,37 @@ class AccumulateStacks:
         for (codec, shape, beta, nesterov), members in self._members.items():
             count = max(1, _STACK_ELEMENTS // shape.numel())
             for first in range(0, len(members), count):
-                accumulate_pieces(codec, members[first : first + count], self._wire, beta, nesterov)
+                accumulate_pieces(codec, members[first : first + count], self._wire, beta, nesterov, self._taken)
 
 
-def accumulate_pieces(codec: Codec, members: Sequence[Member], wire: WireFormat, beta: float, nesterov: bool) -> None:
-    """Takes gradients into momenta of one shape and packs what is to be orthogonalised."""
-    if kernels.usable_on(members[0].packed.device) and _accumulate_fused(codec, members, wire, beta, nesterov):
+def accumulate_pieces(
+    codec: Codec,
+    members: Sequence[Member],
+    wire: WireFormat,
+    beta: float,
+    nesterov: bool,
+    taken: Tensor | None = None,
+) -> None:
+    """Takes gradients into momenta of one shape and packs what is to be orthogonalised.
+
+    Args:
+        taken: a bool on the device, whether the momenta change; None: they do.
+    """
+    if kernels.usable_on(members[0].packed.device) and _accumulate_fused(codec, members, wire, beta, nesterov, taken):
         return
     g = torch.stack([member.gradient for member in members]).float()
     stacked = _stacked(members)
     momentum = codec.decode(stacked, g.shape[-1]).lerp_(g, 1 - beta)
     codec.encode(momentum, stacked)
-    _put_back(stacked, members)
+    _put_back(stacked, members, taken)
     packed = g.lerp_(momentum, beta) if nesterov else momentum
     for matrix, member in zip(packed, members, strict=True):
         wire.pack(matrix.unsqueeze(0), member.packed.unsqueeze(0))
 
 
-def _accumulate_fused(codec: Codec, members: Sequence[Member], wire: WireFormat, beta: float, nesterov: bool) -> bool:
+def _accumulate_fused(
+    codec: Codec, members: Sequence[Member], wire: WireFormat, beta: float, nesterov: bool, taken: Tensor | None
+) -> bool:
     """The same by kernels, for low-rank codecs whose rest they know; whether they took it."""
     shape = members[0].gradient.shape
     gradients = [member.gradient for member in members]
@@ -73,14 +87,14 @@ def _accumulate_fused(codec: Codec, members: Sequence[Member], wire: WireFormat,
     if not isinstance(codec, LowRank):
         return False
     rests = [codec.residual.for_kernels(member.buffers) for member in members]
-    pieces = Pieces.of(gradients, rests, [wire.for_kernels(member.packed, *shape) for member in members])
+    pieces = Pieces.of(gradients, rests, [wire.for_kernels(member.packed, *shape) for member in members], taken)
     if pieces is None:
         return False
     factors = _stacked(members, codec.factor_buffers)
     left, right = codec.decode_factors(factors, gradients[0].shape[-1])
     momentum = pieces.accumulate(left @ right, beta, nesterov)
     pieces.store(momentum, codec.follow(momentum, right, factors))
-    _put_back(factors, members)
+    _put_back(factors, members, taken)
     return True
 
 
@@ -89,6 +103,8 @@ def _stacked(members: Sequence[Member], names: Iterable[str] | None = None) -> d
     return {name: torch.stack([m.buffers[name] for m in members]) for name in names or members[0].buffers}
 
 
-def _put_back(stacked: Mapping[str, Tensor], members: Sequence[Member]) -> None:
+def _put_back(stacked: Mapping[str, Tensor], members: Sequence[Member], taken: Tensor | None) -> None:
+    if taken is not None:
+        stacked = {name: torch.where(taken, stacked[name], old) for name, old in _stacked(members, stacked).items()}
     for name, buffer in stacked.items():
         torch._foreach_copy_([member.buffers[name] for member in members], list(buffer.unbind()))

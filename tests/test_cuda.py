@@ -110,9 +110,17 @@ def test_a_matrix_cut_out_of_another_has_its_own_polar_factor() -> None:
     assert torch.equal(polar_factor(cut, steps), polar_factor(cut.contiguous(), steps))
 
 
-def test_a_step_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("momentum_state", ["linear8", "lowrank4"])
+def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any) -> None:
     parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
-    optimizer = DistMuon(list(parameters.items()), chunk_bytes=1 << 20, adamw_state="dynamic8")
+    optimizer = DistMuon(
+        list(parameters.items()),
+        chunk_bytes=1 << 20,
+        adamw_state="dynamic8",
+        momentum_state=momentum_state,
+        nonfinite=nonfinite,
+    )
     for name, gradient in values(1).items():
         parameters[name].grad = gradient
     optimizer.step()
@@ -121,6 +129,29 @@ def test_a_step_never_waits_for_the_device() -> None:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_grad_scaler_finds_its_scale_in_fp16_and_overflows_leave_no_trace() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32)).cuda()
+    optimizer = DistMuon(model.named_parameters())
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    inputs, skipped = torch.randn(256, 64, device="cuda"), 0
+    for _ in range(40):
+        before, scale = [p.detach().clone() for p in model.parameters()], scaler.get_scale()
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            outputs = model(inputs)
+        scaler.scale(outputs.float().square().mean()).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        overflowed = scaler.get_scale() < scale
+        skipped += overflowed
+        assert overflowed == all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert 0 < skipped < 40
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_the_memory_of_a_step_does_not_grow_with_the_model() -> None:

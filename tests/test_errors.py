@@ -9,12 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from muon_dist import DistMuon
-from muon_dist.codecs import CODECS
-from muon_dist.sharding import local, local_gradient
+from muon_dist.sharding import local
 from tests.ranks import run_ranks
 
 
@@ -104,81 +102,6 @@ def test_unknown_names_are_told() -> None:
         DistMuon([matrix()])
 
 
-def everything(model: nn.Module, optimizer: DistMuon) -> list[torch.Tensor]:
-    """Weights and state."""
-    state = [t for s in optimizer.state.values() for t in s.values()]
-    return [local(t).detach().clone() for t in (*model.parameters(), *state)]
-
-
-@pytest.mark.parametrize("momentum_state", CODECS)
-def test_nan_gradients_raise_by_name_or_are_skipped_and_nothing_changes(momentum_state: Any) -> None:
-    for nonfinite in ("raise", "skip"):
-        model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-        optimizer = DistMuon(model.named_parameters(), nonfinite=nonfinite, momentum_state=momentum_state)
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-        before = everything(model, optimizer)
-        model.get_parameter("1.weight").grad = torch.full((8,), float("nan"))
-        if nonfinite == "raise":
-            with pytest.raises(FloatingPointError, match=r"gradients of 1.weight hold NaN.*clip"):
-                optimizer.step()
-        else:
-            optimizer.step()
-            assert optimizer.skipped_steps == 1
-        assert all(torch.equal(a, b) for a, b in zip(everything(model, optimizer), before, strict=True))
-
-
-def sharded_network() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 9), nn.LayerNorm(9), nn.Linear(9, 4))
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    return model
-
-
-def test_nan_gradients_on_one_rank_raise_on_all() -> None:
-    def check(rank: int) -> None:
-        model = sharded_network()
-        optimizer = DistMuon(model.named_parameters(), nonfinite="raise")
-        model(torch.ones(4, 8)).square().mean().backward()
-        if rank == 1:
-            local_gradient(model.get_parameter("0.weight"))[0, 0] = float("inf")  # type: ignore[index]
-        with pytest.raises(FloatingPointError, match="gradients of 0.weight"):
-            optimizer.step()
-
-    run_ranks(2, check)
-
-
-@pytest.mark.parametrize("scaled", [False, True], ids=["skip", "GradScaler"])
-def test_a_step_that_one_rank_cannot_take_is_skipped_by_all_and_might_not_have_been(scaled: bool) -> None:
-    """Both by the optimizer's own option and by GradScaler, which halves its scale."""
-
-    def train(bad_step: int | None) -> list[torch.Tensor]:
-        model = sharded_network()
-        optimizer = DistMuon(model.named_parameters(), nonfinite="propagate" if scaled else "skip", wire="fp32")
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
-        for step in range(4):
-            optimizer.zero_grad()
-            scaler.scale(model(torch.full((4, 8), 1.0 + step)).square().mean()).backward()
-            if step == bad_step and dist.get_rank() == 1:
-                local_gradient(model.get_parameter("2.weight"))[0, 0] = float("nan")  # type: ignore[index]
-            if bad_step is None and step == 2:
-                continue
-            before = everything(model, optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-            if step == bad_step:
-                assert all(torch.equal(a, b) for a, b in zip(everything(model, optimizer), before, strict=True))
-        assert optimizer.skipped_steps == (0 if scaled or bad_step is None else 1)
-        assert scaler.get_scale() == ((2.0**9 if bad_step else 2.0**10) if scaled else 1.0)
-        return everything(model, optimizer)
-
-    def check(rank: int) -> None:
-        assert all(torch.equal(a, b) for a, b in zip(train(2), train(None), strict=True))
-
-    run_ranks(2, check)
-
-
 @pytest.mark.parametrize(
     ("difference", "message"),
     [
@@ -206,6 +129,32 @@ def test_another_order_of_parameters_raises_instead_of_hanging() -> None:
             DistMuon(named[:: 1 - 2 * rank]).step()
 
     run_ranks(2, check)
+
+
+@pytest.mark.parametrize("replicas", ["DDP", "HSDP"])
+@pytest.mark.parametrize("name", ["a.weight", "norm.weight"])
+def test_replicas_with_and_without_a_gradient_raise_on_all_at_the_next_step(name: str, replicas: str) -> None:
+    ranks = 2 if replicas == "DDP" else 4
+
+    def check(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (2, 2)) if replicas == "HSDP" else None
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            return distribute_tensor(tensor, mesh, [Replicate(), Shard(0)]) if mesh else tensor
+
+        shapes = {"a.weight": (8, 8), "b.weight": (8, 4), "norm.weight": (8,)}
+        named = {n: nn.Parameter(place(torch.ones(shape))) for n, shape in shapes.items()}
+        optimizer = DistMuon(named.items())
+        for missing in ({"b.weight"}, set(), {name} if rank == ranks - 1 else set()):
+            for n, p in named.items():
+                p.grad = None if n in missing else p.detach().clone()
+            optimizer.step()
+        with pytest.raises(
+            ValueError, match=rf"(?s)drifted apart.*reduce gradients.*  {name}: on ranks \[{ranks - 1}\]$"
+        ):
+            optimizer.step()
+
+    run_ranks(ranks, check)
 
 
 def test_a_gradient_on_another_mesh_is_refused_before_anything_changes() -> None:

@@ -209,7 +209,8 @@ def test_ranks_with_empty_shards_count_steps_like_the_others() -> None:
 
 
 def ranks_with_gradients(rank: int) -> Iterator[str]:
-    yield from (name for i, name in enumerate(SHAPES) if i % dist.get_world_size() != rank)
+    """All ranks have one of the scalar, of which each holds a replica."""
+    yield from (name for i, name in enumerate(SHAPES) if i % dist.get_world_size() != rank or name == "scale")
 
 
 def test_gradients_missing_on_some_ranks_hang_nothing() -> None:

@@ -1,16 +1,24 @@
-"""Saving: every rank writes the pieces that it has, replicas share theirs out, and nothing is gathered or decoded."""
+"""Saving: every rank writes the pieces that it has, replicas share theirs out, and nothing is gathered or decoded.
+
+Either the caller waits, or a thread writes a copy of them while training goes on.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch.distributed as dist
 from torch import Tensor
 
 from muon_dist.agreement import gathered
 from muon_dist.binding import Binding
+from muon_dist.checkpoint.background import Background, on_host
 from muon_dist.checkpoint.contents import (
     Contents,
     SavedParameter,
@@ -53,13 +61,47 @@ def save_state(optimizer: DistMuon, folder: str | Path) -> None:
         ValueError: ``folder`` exists, or two parameters of the job have one name; on every rank.
     """
     folder, group = Path(folder), optimizer.process_group
-    binding = optimizer.bound()
+    tensors, contents = _collect(optimizer)
+    _write(tensors, contents, begin(folder, group), folder, group)
+
+
+def async_save(optimizer: DistMuon, folder: str | Path) -> Future[None]:
+    """As :func:`save_state`, but returns when there is a copy of this rank's state in host memory: a thread writes
+    it while training goes on. A save that is still under way is waited for first, and what it raised is raised.
+
+    Returns:
+        What tells when ``folder`` is there: ``result()`` waits for it, and raises what went wrong. Call it before the
+        process group is destroyed.
+
+    Raises:
+        ValueError: as by :func:`save_state`, at once.
+    """
+    folder, group = Path(folder), optimizer.process_group
+    if optimizer not in _backgrounds:
+        _backgrounds[optimizer] = Background(group)
+    background = _backgrounds[optimizer]
+    background.wait()
+    tensors, contents = _collect(optimizer)
+    aside = begin(folder, group)
+    return background.start(partial(_write, on_host(tensors), contents, aside, folder))
+
+
+_backgrounds: WeakKeyDictionary[DistMuon, Background] = WeakKeyDictionary()
+
+
+def _collect(optimizer: DistMuon) -> tuple[dict[str, Tensor], Contents]:
+    """What this rank writes, and what all of them write. Collective."""
+    group, binding = optimizer.process_group, optimizer.bound()
     everyones = gathered(_pieces(binding), group)
     parameters = _merge(everyones, optimizer.options.rank_fraction)
-    aside = begin(folder, group)
-    rank = 0 if group is None else group.rank()
-    write(_tensors(binding, _writers(everyones), rank), aside, group)
     contents = Contents(parameters, options_to_json(optimizer.options), len(everyones), versions())
+    return _tensors(binding, _writers(everyones), 0 if group is None else group.rank()), contents
+
+
+def _write(
+    tensors: dict[str, Tensor], contents: Contents, aside: Path, folder: Path, group: dist.ProcessGroup | None
+) -> None:
+    write(tensors, aside, group)
     finish(aside, folder, contents.to_json(), group)
 
 

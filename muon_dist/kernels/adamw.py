@@ -32,7 +32,8 @@ def adamw(
 
     Args:
         weight, gradient: [rows, cols], contiguous, fp32, bf16 or fp16.
-        step: fp32 scalar on the same device: the number of this step, from 1.
+        step: fp32 scalar on the same device: the number of this step, from 1; 0 for one that is not taken, which
+            changes nothing.
         first, second: the moments, in one format and block; updated in place.
     """
     tiling = Tiling.of(weight, first, second)
@@ -87,6 +88,8 @@ def _adamw(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    t = tl.load(step)
+    rows = tl.where(t > 0, rows, 0)  # masks all of a step that is not taken
     there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)
@@ -96,7 +99,6 @@ def _adamw(
     v += weight2 * (g * g - v)
     store_tile(m, first, first_scales, first_borders, first_starts, place, mask, scale_place, scale_mask, FORMAT)
     store_tile(v, second, second_scales, second_borders, second_starts, place, mask, scale_place, scale_mask, FORMAT)
-    t = tl.load(step)
     correction1 = 1 - tl.exp2(t * log2_beta1)
     correction2 = 1 - tl.exp2(t * log2_beta2)
     w = w * decay - (lr / correction1) * m / (tl.sqrt(v / correction2) + eps)

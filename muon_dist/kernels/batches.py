@@ -28,9 +28,10 @@ from muon_dist.kernels.tiles import load_tile, store_tile
 
 
 class AccumulateBatch:
-    """Collects pieces for ``momentum.accumulate``."""
+    """Collects pieces for ``momentum.accumulate``; ``taken`` as for ``table_on``."""
 
-    def __init__(self) -> None:
+    def __init__(self, taken: Tensor | None = None) -> None:
+        self._taken = taken
         self._pieces: dict[Key, list[list[int]]] = {}
         self._maps: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -50,7 +51,7 @@ class AccumulateBatch:
         for key, rows in self._pieces.items():
             device, dtype, momentum, packed, block, beta, nesterov = key
             _accumulate[grid(rows, block)](
-                table_on(device, rows),
+                table_on(device, rows, self._taken),
                 *self._maps[key],
                 1 - beta,
                 GRADIENT=FORMATS[dtype],
@@ -63,9 +64,10 @@ class AccumulateBatch:
 
 
 class ApplyBatch:
-    """Collects pieces for ``momentum.apply``."""
+    """Collects pieces for ``momentum.apply``; ``taken`` as for ``table_on``."""
 
-    def __init__(self) -> None:
+    def __init__(self, taken: Tensor | None = None) -> None:
+        self._taken = taken
         self._pieces: dict[Key, list[list[int]]] = {}
         self._levels: dict[Key, Tensor] = {}
 
@@ -85,7 +87,7 @@ class ApplyBatch:
         for key, rows in self._pieces.items():
             device, dtype, update, block = key
             _apply[grid(rows, block)](
-                table_on(device, rows),
+                table_on(device, rows, self._taken),
                 self._levels[key],
                 WEIGHT=FORMATS[dtype],
                 UPDATE=update,

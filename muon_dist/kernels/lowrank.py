@@ -42,13 +42,16 @@ class Pieces(NamedTuple):
     packed: str
 
     @classmethod
-    def of(cls, gradients: Sequence[Tensor], rests: Sequence[Encoded], packed: Sequence[Encoded]) -> Pieces | None:
+    def of(
+        cls, gradients: Sequence[Tensor], rests: Sequence[Encoded], packed: Sequence[Encoded], taken: Tensor | None
+    ) -> Pieces | None:
         """None where kernels cannot take them.
 
         Args:
             gradients: [rows, cols] each, fp32, bf16 or fp16.
             rests: what the low-rank part leaves, stored; updated in place.
             packed: where what is to be orthogonalised goes.
+            taken: as for ``table_on``.
         """
         rows = []
         for gradient, rest, wire in zip(gradients, rests, packed, strict=True):
@@ -58,7 +61,7 @@ class Pieces(NamedTuple):
                 return None
             rows.append([gradient.numel() // block, *place])
         first = gradients[0]
-        table = table_on(first.device, rows)
+        table = table_on(first.device, rows, taken)
         return cls(table, grid(rows, block), block, first.shape, first.dtype, rests[0], packed[0].format)
 
     def accumulate(self, low: Tensor, beta: float, nesterov: bool) -> Tensor:
@@ -196,11 +199,16 @@ def _store_grid(
     row = (tile_row * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
     col = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     place = row * cols + col
-    mask = (row < rows) & (col < cols)
+    taken_rows = tl.where(tl.load(fields) > 0, rows, 0)
+    mask = (row < taken_rows) & (col < cols)
     place_in_stack = tl.program_id(1).to(tl.int64) * rows * cols + place
     left = tl.load(momentum + place_in_stack, mask=mask, other=0).to(tl.float32)
     left -= tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)
     codes, of_row, of_column = encode_grid(left)
     store_codes4(codes, pointer_in(fields + 2, "grid4"), place, mask)
-    tl.store(pointer_in(fields + 3, "bf16") + row * blocks + block, of_row, mask=row < rows)
-    tl.store(pointer_in(fields + 6, "bf16") + tile_row * cols + col, of_column, mask=col < cols)
+    tl.store(pointer_in(fields + 3, "bf16") + row * blocks + block, of_row, mask=row < taken_rows)
+    tl.store(
+        pointer_in(fields + 6, "bf16") + tile_row * cols + col,
+        of_column,
+        mask=(col < cols) & (tile_row * TILE < taken_rows),
+    )

@@ -42,9 +42,16 @@ def bits(value: float) -> int:
     return int.from_bytes(struct.pack("<f", value), "little", signed=True)
 
 
-def table_on(device: torch.device, rows: list[list[int]]) -> Tensor:
-    """The table, int64, copied without waiting."""
-    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+def table_on(device: torch.device, rows: list[list[int]], taken: Tensor | None = None) -> Tensor:
+    """The table, int64, copied without waiting.
+
+    Args:
+        taken: a bool on the device, whether there is anything to do: where not, no piece has a row.
+    """
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    if taken is not None:
+        table[:, 0] *= taken
+    return table
 
 
 def grid(rows: list[list[int]], block: int) -> tuple[int, int]:

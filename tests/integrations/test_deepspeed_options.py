@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from muon_dist import DistMuon
 from muon_dist.integrations.deepspeed import DistOrthogonal, read_options, register
-from tests.integrations.test_deepspeed import config, deepspeed, model, steps, train
+from tests.integrations.test_deepspeed import MICRO_BATCHES, batch, config, deepspeed, model, steps, train, weights
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -34,6 +36,27 @@ def test_a_plain_optimizer_in_a_flat_buffer_says_what_to_do() -> None:
         )
         with pytest.raises(ValueError, match=r"has shape \(\d+,\) now.*muon_dist\.integrations"):
             steps(engine, 0, 1)
+
+    run_ranks(1, run)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_step_that_is_not_finite_is_skipped_whole_by_the_optimizer_or_by_deepspeed(stage: int) -> None:
+    def run(rank: int) -> None:
+        skipping = {"type": "DistMuon", "params": {"nonfinite": "skip"}}
+        if stage > 0:
+            with pytest.raises(ValueError, match=r"nonfinite='skip': ZeRO calls.*engine.skipped_steps"):
+                train(stage, 1, optimizer=skipping)
+        changes: dict[str, Any] = {"optimizer": skipping} if stage == 0 else {}
+        _, engine = train(stage, 1, **changes)
+        before = weights(engine.module)
+        for _ in range(MICRO_BATCHES):
+            engine.backward(engine(batch(1, 0)) * float("nan"))
+            engine.step()
+        assert all(torch.equal(a, b) for a, b in zip(weights(engine.module).values(), before.values(), strict=True))
+        assert (engine.skipped_steps, engine.basic_optimizer.skipped_steps) == ((0, 1) if stage == 0 else (1, 0))
+        steps(engine, 2, 3)
+        assert not any(torch.equal(a, b) for a, b in zip(weights(engine.module).values(), before.values(), strict=True))
 
     run_ranks(1, run)
 

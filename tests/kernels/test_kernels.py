@@ -90,6 +90,35 @@ def test_bf16_parameters_and_gradients() -> None:
     require_equal({**SHAPES, **ADAMW_SHAPES}, torch.bfloat16, 2 * ROUNDED, adamw_state="dynamic8")
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["kernels", "references"])
+@pytest.mark.parametrize("momentum_state", CODECS)
+def test_a_step_that_is_not_taken_changes_no_bit(momentum_state: Any, fused: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(kernels, "usable_on", lambda device: fused)
+    torch.manual_seed(0)
+    shapes = {**SHAPES, **ADAMW_SHAPES}
+    named = [(name, nn.Parameter(torch.randn(shape, device=DEVICE))) for name, shape in shapes.items()]
+    named.append(("half.weight", nn.Parameter(torch.randn(16, 128, device=DEVICE, dtype=torch.bfloat16))))
+    optimizer = DistMuon(named, momentum_state=momentum_state, adamw_state="dynamic8", nonfinite="skip")
+
+    def step(bad: str | None) -> list[Tensor]:
+        """Weights and state after a step in which the gradient of ``bad`` is not finite."""
+        for name, p in named:
+            p.grad = torch.randn_like(p)
+            if name == bad:
+                p.grad.view(-1)[-1] = float("inf")
+        optimizer.step()
+        state = [t for entries in optimizer.state.values() for t in entries.values()]
+        return [t.detach().clone() for t in (*(p for _, p in named), *state)]
+
+    start = [p.detach().clone() for _, p in named]
+    assert all(torch.equal(a, b) for a, b in zip(step("scale"), start, strict=False))
+    before = step(None)
+    assert not any(torch.equal(a, b) for a, b in zip(before, start, strict=False))
+    for bad in ("a.weight", "d.weight", "norm.weight"):
+        assert all(torch.equal(a, b) for a, b in zip(step(bad), before, strict=True))
+    assert optimizer.skipped_steps == 4
+
+
 @pytest.mark.parametrize("momentum_state", CODECS)
 def test_nan_stays_visible(momentum_state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "usable_on", lambda device: True)
