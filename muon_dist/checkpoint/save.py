@@ -38,6 +38,7 @@ class Piece(NamedTuple):
     codec: str
     block: int
     extent: Extent | None
+    splits: tuple[int, ...]
     shape: tuple[int, ...]  # of the parameter
     algorithm: Algorithm
     options: dict[str, Any]
@@ -73,6 +74,7 @@ def _pieces(binding: Binding) -> list[Piece]:
             stored.codec.name,
             stored.layout.block,
             None if stored.layout.region.flat else stored.layout.extent,
+            stored.layout.form.splits if stored.layout.form else (),
             shard.shape,
             shard.group["algorithm"],
             group_to_json(shard.group),
@@ -131,4 +133,4 @@ def _merge_state(name: str, pieces: Sequence[Piece], rank_fraction: float | None
             f"{name} is the name of several parameters, which lie on ranks {where}: experts, as a rule. A portable "
             f"checkpoint needs a name for each; give the optimizer names that tell them apart"
         )
-    return SavedState(first.codec, first.block, tuple(regions), first.extent, rank_fraction)
+    return SavedState(first.codec, first.block, tuple(regions), first.extent, rank_fraction, first.splits)
