@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import NamedTuple
 
 from muon_dist.layout import Geometry, Piece, Rect
+from muon_dist.names import matches
 from muon_dist.regions import Box, Region
 
 
@@ -154,14 +154,14 @@ class Forms:
                 f'Give it to AdamW: a group with algorithm="adamw", or overrides={{{name!r}: "adamw"}}'
             )
         tables = tuple(shape) if len(shape) == 2 or is_stack(name, shape) else (shape[0], math.prod(shape[1:]))
-        pattern = next((p for p in self.splits if fnmatchcase(name, p)), None)
+        pattern = next((p for p in self.splits if matches(name, p)), None)
         splits = (tables[-2],) if pattern is None else tuple(self.splits[pattern])
         if sum(splits) != tables[-2]:
             raise ValueError(
                 f"{name} has shape {tuple(shape)}: {tables[-2]} rows, but splits[{pattern!r}]={splits} add up to "
                 f"{sum(splits)}; give the rows of each matrix"
             )
-        return Form(tables, splits, any(fnmatchcase(name, p) for p in self.transposed))
+        return Form(tables, splits, any(matches(name, p) for p in self.transposed))
 
 
 def is_stack(name: str, shape: Sequence[int]) -> bool:

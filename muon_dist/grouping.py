@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeAlias, get_args
 
 from torch import Tensor
 
 from muon_dist.forms import Form, Forms, is_stack
+from muon_dist.names import matches, plain_name
 from muon_dist.options import Algorithm
 
 WholeShape: TypeAlias = Callable[[Tensor], tuple[int, ...]]
@@ -120,13 +120,13 @@ def assign(
     """
     grouping = Grouping()
     for position, (name, parameter) in enumerate(named_parameters):
-        pattern = next((p for p in overrides or {} if name is not None and fnmatchcase(name, p)), None)
+        pattern = next((p for p in overrides or {} if name is not None and matches(name, p)), None)
         shown = name if name is not None else f"parameter {position}"
         shape = whole_shape(parameter)
         if overrides and pattern is not None:
             algorithm, reason = overrides[pattern], f"matches the override {pattern!r}"
         else:
-            algorithm, reason = _rule(name, shape)
+            algorithm, reason = _rule(name and plain_name(name), shape)
         grouping.append(Assignment.of(shown, parameter, shape, algorithm, reason, forms))
     return grouping
 

@@ -22,9 +22,6 @@ from muon_dist.options import Algorithm, MomentumState, Options, require_one_of
 from muon_dist.regions import Region
 from muon_dist.state import codec_of, codec_of_run
 
-# What wrappers put into the names of parameters: DDP in front, torch.compile and activation checkpointing anywhere.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
 
 @dataclass(frozen=True)
 class SavedState:
@@ -78,13 +75,6 @@ class Contents:
 def tensor_key(name: str, label: str, region: Region, buffer: str) -> str:
     """The name under which torch.distributed.checkpoint stores one buffer of a piece."""
     return f"{name}/{label}/{'.'.join(map(str, region.offset))}/{buffer or 'values'}"
-
-
-def plain_name(name: str) -> str:
-    """The name of a parameter in the unwrapped model."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
 
 
 def options_to_json(options: Options) -> dict[str, Any]:

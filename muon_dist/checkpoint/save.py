@@ -17,13 +17,13 @@ from muon_dist.checkpoint.contents import (
     SavedState,
     group_to_json,
     options_to_json,
-    plain_name,
     tensor_key,
     versions,
 )
 from muon_dist.checkpoint.seal import begin, finish
 from muon_dist.checkpoint.storage import write
 from muon_dist.layout import Extent
+from muon_dist.names import plain_name
 from muon_dist.optimizer import DistMuon
 from muon_dist.options import Algorithm
 from muon_dist.regions import Region
