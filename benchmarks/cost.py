@@ -23,7 +23,7 @@ from muon_dist.memory import estimated_state_bytes
 from muon_dist.options import DEFAULT_CHUNK_BYTES, MomentumState, Options, Wire
 from muon_dist.plan import Chunk, make_plan
 from muon_dist.polar.newton_schulz import GRAM_FROM_ASPECT
-from muon_dist.sharding import Home, geometry_of
+from muon_dist.sharding import Home, geometries_of
 from muon_dist.wire import WireFormat, wire_format
 
 _BF16 = 2  # bytes of a parameter's element, and of its gradient's
@@ -144,7 +144,8 @@ def _parameters(job: Job) -> tuple[list[Matrix], int, int]:
         for shape, a in examples.items()
     )
     others = sum(math.prod(a.shape) for a in grouping if a.algorithm == "adamw")
-    return [Matrix(a.name, geometry_of(*a.shape, home)) for a in muon], others, state
+    matrices = [Matrix(a.name, geometry) for a in muon if a.form for geometry in geometries_of(a.form, home)]
+    return matrices, others, state
 
 
 def _chunk_cost(chunk: Chunk, job: Job, momentum: float, wire: WireFormat, machine: Machine) -> ChunkCost:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from muon_dist.adamw import AdamWParameter
-from muon_dist.muon import MuonParameter
+from muon_dist.muon import MuonMatrix, MuonParameter
 from muon_dist.options import Options
 from muon_dist.shards import Shard, TensorShard
 from muon_dist.state import StoredTensor
@@ -53,12 +53,12 @@ class Binding:
         for q in self.adamw:
             yield from ((q.shard, stored) for stored in (q.exp_avg, q.exp_avg_sq, q.step))
 
-    def domains(self) -> dict[tuple[int, ...], list[MuonParameter]]:
+    def domains(self) -> dict[tuple[int, ...], list[MuonMatrix]]:
         """The matrices by the ranks that exchange them, in an order that is the same on all; every rank's own sets of
         ranks are there, also those without a matrix."""
-        found: dict[tuple[int, ...], list[MuonParameter]] = {r: [] for r in sorted({s.ranks for s in self.shards})}
+        found: dict[tuple[int, ...], list[MuonMatrix]] = {r: [] for r in sorted({s.ranks for s in self.shards})}
         for p in self.muon:
-            found[p.shard.ranks].append(p)
+            found[p.shard.ranks].extend(p.matrices)
         return found
 
 

@@ -1,9 +1,9 @@
 """Which parameter goes to Muon and which to AdamW, and why.
 
-Muon is for hidden matrices: weights that map activations to activations. Embeddings and output heads are matrices
-too, but their rows are looked up or compared one by one, and vectors have no singular directions to equalise: these
-train with AdamW (Keller Jordan, "Muon: An optimizer for hidden layers in neural networks"). Embeddings and heads are
-known by their names only.
+Muon is for hidden matrices: weights that map activations to activations, alone, in stacks of experts, or as
+convolutions. Embeddings and output heads are matrices too, but their rows are looked up or compared one by one, and
+vectors have no singular directions to equalise: these train with AdamW (Keller Jordan, "Muon: An optimizer for hidden
+layers in neural networks"). Embeddings, heads and experts are known by their names only.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeAlias, get_args
 
 from torch import Tensor
 
+from muon_dist.forms import Form, Forms, is_stack
+from muon_dist.names import matches, plain_name
 from muon_dist.options import Algorithm
 
 WholeShape: TypeAlias = Callable[[Tensor], tuple[int, ...]]
@@ -36,6 +37,9 @@ _EMBEDDING_MODULES = frozenset(
         "token_type_embeddings",
         "pos_embed",
         "embed_positions",
+        "patch_embed",
+        "patch_embedding",
+        "patch_embeddings",
         "relative_attention_bias",
     ]
 )
@@ -47,29 +51,46 @@ _TOP_EMBEDDINGS = frozenset({"shared.weight", "model.shared.weight"})
 
 @dataclass(frozen=True)
 class Assignment:
-    """One parameter's algorithm, and the reason in words."""
+    """One parameter's algorithm, and the reason in words.
+
+    Attributes:
+        shape: of the whole, where engines leave less in the parameter.
+        form: the matrices in it, for Muon.
+    """
 
     name: str
     parameter: Tensor
-    shape: tuple[int, ...]  # of the whole, where engines leave less in the parameter
+    shape: tuple[int, ...]
     algorithm: Algorithm
     reason: str
+    form: Form | None
+
+    @classmethod
+    def of(
+        cls, name: str, parameter: Tensor, shape: tuple[int, ...], algorithm: Algorithm, reason: str, forms: Forms
+    ) -> Assignment:
+        """Raises ValueError for what Muon cannot take."""
+        return cls(name, parameter, shape, algorithm, reason, forms.of(name, shape) if algorithm == "muon" else None)
 
 
 class Grouping(list[Assignment]):
     """All assignments; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [(a.name, "x".join(map(str, a.shape)) or "scalar", a.algorithm, a.reason) for a in self]
-        header = ("parameter", "shape", "algorithm", "why")
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
+        header = ("parameter", "shape", "algorithm", "matrices", "why")
+        rows = [
+            (a.name, "x".join(map(str, a.shape)) or "scalar", a.algorithm, str(a.form or "-"), a.reason) for a in self
+        ]
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
         lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
             for row in [header, *rows]
         ]
         for algorithm in get_args(Algorithm):
-            chosen = [math.prod(a.shape) for a in self if a.algorithm == algorithm]
-            lines.append(f"{algorithm}: {len(chosen)} parameters, {sum(chosen):,} elements")
+            chosen = [a for a in self if a.algorithm == algorithm]
+            matrices = f"{sum(a.form.count for a in chosen if a.form)} matrices, " if algorithm == "muon" else ""
+            elements = sum(math.prod(a.shape) for a in chosen)
+            lines.append(f"{algorithm}: {len(chosen)} parameters, {matrices}{elements:,} elements")
         return "\n".join(lines)
 
 
@@ -81,6 +102,7 @@ def shape_as_is(parameter: Tensor) -> tuple[int, ...]:
 def assign(
     named_parameters: Iterable[tuple[str | None, Tensor]],
     overrides: Mapping[str, Algorithm] | None = None,
+    forms: Forms = Forms(),  # noqa: B008 - it is frozen
     whole_shape: WholeShape = shape_as_is,
 ) -> Grouping:
     """Decides for each parameter.
@@ -89,45 +111,47 @@ def assign(
         named_parameters: as from ``model.named_parameters()``; the name may be None where it is not known.
         overrides: ``{pattern: algorithm}`` with shell-style patterns on the whole name, such as
             ``{"*.router.weight": "adamw"}``. The first match wins over the rules.
+        forms: which matrices parameters are made of.
         whole_shape: of a parameter, for engines that keep it in pieces.
 
     Raises:
-        ValueError: an override sends a parameter to Muon that is no matrix.
+        ValueError: an override sends a parameter to Muon that is no matrix; or one is cut into matrices that do not
+            add up to it.
     """
     grouping = Grouping()
     for position, (name, parameter) in enumerate(named_parameters):
-        pattern = next((p for p in overrides or {} if name is not None and fnmatchcase(name, p)), None)
+        pattern = next((p for p in overrides or {} if name is not None and matches(name, p)), None)
         shown = name if name is not None else f"parameter {position}"
         shape = whole_shape(parameter)
         if overrides and pattern is not None:
             algorithm, reason = overrides[pattern], f"matches the override {pattern!r}"
-            if algorithm == "muon":
-                require_matrix(shown, shape)
         else:
-            algorithm, reason = _rule(name, shape)
-        grouping.append(Assignment(shown, parameter, shape, algorithm, reason))
+            algorithm, reason = _rule(name and plain_name(name), shape)
+        grouping.append(Assignment.of(shown, parameter, shape, algorithm, reason, forms))
     return grouping
-
-
-def require_matrix(name: str, shape: Sequence[int]) -> None:
-    """Raises ValueError unless a parameter of ``shape`` is one that Muon can take."""
-    if len(shape) != 2:
-        raise ValueError(
-            f"{name} has shape {tuple(shape)}; Muon takes matrices (2-D). Give it to AdamW: "
-            f'a group with algorithm="adamw", or overrides={{{name!r}: "adamw"}}'
-        )
 
 
 def _rule(name: str | None, shape: Sequence[int]) -> tuple[Algorithm, str]:
     if len(shape) < 2:
         return "adamw", "a vector" if shape else "a scalar"
-    if len(shape) > 2:
-        return "adamw", f"{len(shape)}-D, not a matrix"
     if name is None:
-        return "muon", "a matrix of unknown name"
-    ends = set(name.split(".")[-2:])  # "lm_head.weight", or a bare parameter "pos_embed"
-    if ends & _EMBEDDING_MODULES or name in _TOP_EMBEDDINGS:
+        return (
+            ("muon", "a matrix of unknown name") if len(shape) == 2 else ("adamw", f"{len(shape)}-D, of unknown name")
+        )
+    parts = name.split(".")
+    ends = set(parts[-2:])  # "lm_head.weight", or a bare parameter "pos_embed"
+    if ends & _EMBEDDING_MODULES or "patch_embeddings" in parts or name in _TOP_EMBEDDINGS:
         return "adamw", "an embedding, by its name"
     if ends & _HEAD_MODULES or name in _TOP_HEADS:
         return "adamw", "an output head, by its name"
-    return "muon", "a hidden matrix"
+    if parts[-1].endswith("bias"):
+        return "adamw", "biases, by their name"
+    if len(shape) == 2:
+        return "muon", "a hidden matrix"
+    if is_stack(name, shape):
+        if "expert" in name:
+            return "muon", "a stack of experts, by its name"
+        return "adamw", "3-D, and not named as experts or a convolution"
+    if shape[1] == 1:
+        return "adamw", "a depthwise convolution: a filter of its own for each channel"
+    return "muon", "a convolution"

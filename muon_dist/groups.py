@@ -11,7 +11,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from muon_dist.grouping import Assignment, Grouping, WholeShape, assign, require_matrix, shape_as_is
+from muon_dist.forms import Forms
+from muon_dist.grouping import Assignment, Grouping, WholeShape, assign, shape_as_is
 from muon_dist.options import Algorithm, UpdateScale, require_one_of
 
 # Options of a group, in the order of the constructor. All groups carry all of them, whatever their algorithm:
@@ -33,6 +34,7 @@ def resolve_group(
     group: Mapping[str, Any],
     defaults: Defaults,
     overrides: Mapping[str, Algorithm] | None,
+    forms: Forms,
     whole_shape: WholeShape = shape_as_is,
 ) -> tuple[list[dict[str, Any]], Grouping]:
     """Splits a group by algorithm and fills in its options.
@@ -41,6 +43,7 @@ def resolve_group(
         group: as for any torch optimizer: ``params`` (tensors or (name, tensor) pairs) and options. With
             ``algorithm="muon" | "adamw"`` all of it goes there; without, each parameter by the rules of
             ``grouping.py``. Keys that are no options are carried along.
+        forms: which matrices parameters are made of.
         whole_shape: of a parameter, for engines that keep it in pieces.
 
     Returns:
@@ -55,16 +58,14 @@ def resolve_group(
     named = _named(group)
     chosen = group.get("algorithm")
     if chosen is None:
-        grouping = assign(named, overrides, whole_shape)
+        grouping = assign(named, overrides, forms, whole_shape)
         _warn_of_unknown_names(named, grouping)
     else:
         require_one_of("algorithm", chosen, get_args(Algorithm))
         grouping = Grouping(
-            Assignment(_shown(n, i), p, whole_shape(p), chosen, "its group's choice") for i, (n, p) in enumerate(named)
+            Assignment.of(_shown(n, i), p, whole_shape(p), chosen, "its group's choice", forms)
+            for i, (n, p) in enumerate(named)
         )
-        if chosen == "muon":
-            for assignment in grouping:
-                require_matrix(assignment.name, assignment.shape)
     extra = {k: v for k, v in group.items() if k not in (*GROUP_OPTIONS, *ADAMW_OPTIONS, "params", "param_names")}
     resolved = []
     for algorithm in get_args(Algorithm):

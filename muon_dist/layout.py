@@ -31,15 +31,6 @@ class Rect(NamedTuple):
     def numel(self) -> int:
         return self.rows * self.cols
 
-    @property
-    def slices(self) -> tuple[slice, slice]:
-        """The index that cuts this rectangle out of the whole matrix."""
-        return slice(self.row, self.row + self.rows), slice(self.col, self.col + self.cols)
-
-    def relative_to(self, origin: Rect) -> Rect:
-        """The same rectangle, counted from the corner of ``origin``."""
-        return Rect(self.row - origin.row, self.col - origin.col, self.rows, self.cols)
-
 
 class Piece(NamedTuple):
     """A rectangle of a matrix: the rank that holds its momentum, and the ranks that apply its update, ascending.
@@ -132,26 +123,6 @@ def chunk_range(size: int, parts: int, index: int) -> tuple[int, int]:
     length = math.ceil(size / parts)
     start = min(size, length * index)
     return start, min(length, size - start)
-
-
-def flat_geometry(rows: int, cols: int, runs: Sequence[tuple[int, int]]) -> Geometry:
-    """A matrix of which each rank has one run of elements in row-major order.
-
-    Args:
-        runs: start and length of every rank's run; a rank without one has length 0.
-
-    Raises:
-        ValueError: the runs overlap, or leave a part of the matrix out.
-    """
-    covered = 0
-    for start, length in sorted(run for run in runs if run[1]):
-        if start != covered:
-            raise ValueError(f"elements {covered} to {start} of a {rows}x{cols} matrix lie on no rank or on two")
-        covered += length
-    if covered != rows * cols:
-        raise ValueError(f"{covered} elements lie on the ranks, but a {rows}x{cols} matrix has {rows * cols}")
-    pieces = (Piece(r, Rect(0, start, 1, n), (r,)) for r, (start, n) in enumerate(runs) if n)
-    return Geometry(rows, cols, tuple(pieces), flat=True)
 
 
 def extent_of_run(shape: Sequence[int], length: int) -> Extent | None:

@@ -47,8 +47,8 @@ def estimated_state_bytes(
     for assignment in assignments:
         shape = assignment.shape
         # The first rank's part of every tensor is the largest: rows are cut as torch.chunk cuts them.
-        if assignment.algorithm == "muon":
-            layout = sharded_layout(shape, home, home.momentum_placements, 0, options.block_size, None, cpu)
+        if form := assignment.form:
+            layout = sharded_layout(form.shape, home, home.momentum_placements, 0, options.block_size, None, cpu, form)
             total += momentum_of(layout, options).nbytes
         else:
             layout = sharded_layout(shape, home, home.placements, 0, options.block_size, None, cpu)

@@ -14,15 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from muon_dist import kernels
+from muon_dist.codecs import Codec
 from muon_dist.exchange import PackedPiece
+from muon_dist.forms import Form, as_tables
 from muon_dist.layout import Matrix, Rect
 from muon_dist.options import Options, PolarForm, UpdateScale
 from muon_dist.polar import Schedule, default_dtype, polar_factor
+from muon_dist.regions import Box
 from muon_dist.shards import Shard
 from muon_dist.stacks import AccumulateStacks, Member, accumulate_pieces
 from muon_dist.staging import on_device
@@ -34,35 +38,59 @@ if kernels.HAS_TRITON:
     from muon_dist.kernels import momentum as momentum_kernels
     from muon_dist.kernels.batches import AccumulateBatch, ApplyBatch
 
-# Factor on an orthogonal update of [rows, cols]. Its RMS is 1/sqrt(max(rows, cols)) before.
+# Factor on an orthogonal update, by outputs and inputs of the matrix. Its RMS is 1/sqrt(max(outputs, inputs)) before.
 UPDATE_SCALES: dict[UpdateScale, Callable[[int, int], float]] = {
-    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
-    "spectral": lambda rows, cols: math.sqrt(max(1, rows / cols)),
-    "none": lambda rows, cols: 1.0,
+    "match_rms_adamw": lambda outputs, inputs: 0.2 * math.sqrt(max(outputs, inputs)),
+    "spectral": lambda outputs, inputs: math.sqrt(max(1, outputs / inputs)),
+    "none": lambda outputs, inputs: 1.0,
 }
 
 
 @dataclass(frozen=True)
 class MuonParameter:
-    """One matrix parameter on this rank."""
+    """One parameter of matrices on this rank."""
 
     shard: Shard
-    matrix: Matrix
+    form: Form
     momentum: StoredTensor
+    matrices: tuple[MuonMatrix, ...]
 
     @classmethod
     def of(cls, shard: Shard, options: Options) -> MuonParameter:
         """Raises ValueError for a parameter that Muon cannot take."""
-        matrix = Matrix(shard.name, shard.geometry())
+        if len(shard.shape) < 2:
+            raise ValueError(
+                f"{shard.name} was a matrix when the optimizer was made and has shape {shard.shape} now: an engine has "
+                f"put it in a buffer of its own. Make the optimizer with the class that muon_dist.integrations has "
+                f"for this engine"
+            )
+        form = options.forms.of(shard.name, shard.shape)
+        geometries = shard.geometries(form)
         try:
-            momentum = momentum_of(shard.momentum_layout(options.block_size), options, shard.prefix)
+            momentum = momentum_of(shard.momentum_layout(form, options.block_size), options, shard.prefix)
         except ValueError as error:
             raise ValueError(f"{shard.name}: {error}") from None
-        return cls(shard, matrix, momentum)
+        names = [shard.name] if form.count == 1 else [f"{shard.name}[{i}]" for i in range(form.count)]
+        matrices = (
+            MuonMatrix(shard, form, momentum, i, Matrix(name, geometry))
+            for i, (name, geometry) in enumerate(zip(names, geometries, strict=True))
+        )
+        return cls(shard, form, momentum, tuple(matrices))
 
     def create_state(self) -> None:
         """Adds what is missing to the parameter's state."""
         self.momentum.create(self.shard.state)
+
+
+@dataclass(frozen=True)
+class MuonMatrix:
+    """One matrix of a parameter, as far as it lies on this rank."""
+
+    shard: Shard  # of the parameter
+    form: Form
+    momentum: StoredTensor  # of the parameter
+    index: int  # in the form
+    matrix: Matrix
 
     def accumulate(
         self,
@@ -83,20 +111,22 @@ class MuonParameter:
         if gradient is None:
             packed.zero_()  # zeros in every wire format
             return
-        g = gradient[rect.relative_to(self.shard.rect).slices]
-        buffers = self.momentum.buffers(self.shard.state)
-        if not self.momentum.codec.row_wise and g.device == packed.device:
-            stacks.take(self.momentum.codec, Member(g, buffers, packed), *self._decays)
+        box = self._box(rect)
+        g = self._cut(gradient.reshape(self._here.size), box)
+        codec, buffers = self.momentum.piece(self.shard.state, box)
+        if not codec.row_wise and g.device == packed.device:
+            stacks.take(codec, Member(g, buffers, packed), *self._decays)
             return
         if batch is not None and g.device == packed.device:
-            momentum, out = self.momentum.codec.for_kernels(buffers), wire.for_kernels(packed, *g.shape)
+            momentum, out = codec.for_kernels(buffers), wire.for_kernels(packed, *g.shape)
             if kernels.fit(g.shape, momentum, out) and batch.take(g, momentum, out, *self._decays):
                 return
         with on_device(buffers, packed.device, taken) as here:
-            self._accumulate(g.to(packed.device, non_blocking=True), here, wire, packed)
+            self._accumulate(g.to(packed.device, non_blocking=True), codec, here, wire, packed)
 
-    def _accumulate(self, g: Tensor, buffers: Mapping[str, Tensor], wire: WireFormat, packed: Tensor) -> None:
-        codec = self.momentum.codec
+    def _accumulate(
+        self, g: Tensor, codec: Codec, buffers: Mapping[str, Tensor], wire: WireFormat, packed: Tensor
+    ) -> None:
         beta, nesterov = self._decays
         if not codec.row_wise:
             accumulate_pieces(codec, [Member(g, buffers, packed)], wire, beta, nesterov)
@@ -118,7 +148,7 @@ class MuonParameter:
         """Decays and updates the rectangle ``rect`` of the parameter; without a gradient it stays as it is."""
         if not self.shard.has_gradient:
             return
-        part = self.shard.weight()[rect.relative_to(self.shard.rect).slices]
+        part = self._cut(self.shard.weight().view(self._here.size), self._box(rect))
         if batch is not None and part.device == packed.device:
             update = wire.back.for_kernels(packed, *part.shape)
             if kernels.fit(part.shape, update) and batch.take(part, update, *self._factors):
@@ -147,21 +177,37 @@ class MuonParameter:
     @property
     def _factors(self) -> tuple[float, float]:
         """Of the weight, and of the update that is added."""
-        group, (rows, cols) = self.shard.group, self.shard.shape
+        group = self.shard.group
+        scale = UPDATE_SCALES[group["update_scale"]](*self.form.outputs_and_inputs(self.index))
         lr = float(group["lr"])
-        return 1 - lr * group["weight_decay"], -lr * UPDATE_SCALES[group["update_scale"]](rows, cols)
+        return 1 - lr * group["weight_decay"], -lr * scale
+
+    def _box(self, rect: Rect) -> Box:
+        """Where a piece lies in the tables, of which a flat shard has a part of all of them as one row."""
+        flat = self.matrix.geometry.flat
+        return self.form.box_of_run(self.index, rect) if flat else self.form.box(self.index, rect)
+
+    @cached_property
+    def _here(self) -> Box:
+        """What of the tables this rank has."""
+        return as_tables(self.shard.region(self.form))
+
+    def _cut(self, tables: Tensor, box: Box) -> Tensor:
+        """A piece, [rows, cols], out of what this rank has."""
+        table, rows, cols = box.slices_in(self._here)
+        return tables[table.start, rows, cols]
 
 
 @dataclass(frozen=True)
 class MuonWork:
-    """The work of one plan, as :class:`muon_dist.pipeline.MatrixWork`; parameters in the plan's order.
+    """The work of one plan, as :class:`muon_dist.pipeline.MatrixWork`; matrices in the plan's order.
 
     Attributes:
         taken: a bool on the device, whether this step changes state and weights; None: it does. What a step that is not
             taken computes on its way is garbage, and all of it is dropped.
     """
 
-    parameters: Sequence[MuonParameter]
+    matrices: Sequence[MuonMatrix]
     wire: WireFormat
     schedule: Schedule
     form: PolarForm
@@ -172,7 +218,7 @@ class MuonWork:
         batch = batches.AccumulateBatch(self.taken) if pieces and kernels.usable_on(pieces[0].packed.device) else None
         stacks = AccumulateStacks(self.wire, self.taken)
         for matrix, rect, packed in pieces:
-            self.parameters[matrix].accumulate(rect, self.wire, packed, self.taken, batch, stacks)
+            self.matrices[matrix].accumulate(rect, self.wire, packed, self.taken, batch, stacks)
         stacks.launch()
         if batch is not None:
             batch.launch()
@@ -185,6 +231,6 @@ class MuonWork:
     def apply(self, pieces: Sequence[PackedPiece]) -> None:
         batch = batches.ApplyBatch(self.taken) if pieces and kernels.usable_on(pieces[0].packed.device) else None
         for matrix, rect, packed in pieces:
-            self.parameters[matrix].apply(rect, self.wire, packed, self.taken, batch)
+            self.matrices[matrix].apply(rect, self.wire, packed, self.taken, batch)
         if batch is not None:
             batch.launch()

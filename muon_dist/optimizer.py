@@ -14,7 +14,7 @@ shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from torch.optim.optimizer import ParamsT
 
 from muon_dist.agreement import Watch, all_finite, nonfinite_names, require_same
 from muon_dist.binding import Binding, Signature, bind, named, signature, tensor_shards
+from muon_dist.forms import Forms
 from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
 from muon_dist.muon import MuonWork
@@ -93,6 +94,11 @@ class DistMuon(torch.optim.Optimizer):
         adamw_state: how both of its moments are stored: "fp32" or "dynamic8" (parameters below 4096 elements and
             vectors stay in fp32).
         overrides: ``{name pattern: "muon" | "adamw"}``, before the rules.
+        splits: ``{name pattern: rows of each matrix}`` for parameters that are several matrices one below the other,
+            such as ``{"*.qkv_proj.weight": (4096, 1024, 1024)}``; of a stack, in each of its tables. Equal parts make
+            a matrix of every head.
+        transposed: name patterns of parameters with inputs as rows and outputs as columns (GPT-2's Conv1D), for
+            ``update_scale="spectral"``.
         nonfinite: what NaN or infinite gradients do: "propagate" as in torch's optimizers; "skip" the step on every
             rank, which ``skipped_steps`` counts; or "raise" on every rank. The latter two change nothing, and look at
             the gradients once more; "raise" also waits for the device, "skip" does not.
@@ -127,6 +133,8 @@ class DistMuon(torch.optim.Optimizer):
         adamw_weight_decay: float = 0.0,
         adamw_state: AdamWState = "fp32",
         overrides: Mapping[str, Algorithm] | None = None,
+        splits: Mapping[str, Sequence[int]] | None = None,
+        transposed: Sequence[str] = (),
         nonfinite: Nonfinite = "propagate",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -145,6 +153,7 @@ class DistMuon(torch.optim.Optimizer):
             chunk_bytes=chunk_bytes,
             adamw_state=adamw_state,
             nonfinite=nonfinite,
+            forms=Forms(splits or {}, transposed),
         )
         self._schedule = schedule(polar, polar_steps)
         self._wire = wire_format(wire)
@@ -169,7 +178,9 @@ class DistMuon(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, split by algorithm where it does not say one."""
-        resolved, grouping = resolve_group(param_group, self._defaults, self._overrides, self._whole_shape)
+        resolved, grouping = resolve_group(
+            param_group, self._defaults, self._overrides, self._options.forms, self._whole_shape
+        )
         present = {id(p): name for name, p, _ in named(self.param_groups)}
         for assignment in grouping:
             if id(assignment.parameter) in present:
@@ -300,16 +311,16 @@ class DistMuon(torch.optim.Optimizer):
         if binding.signature in self._connections:
             return self._connections[binding.signature]
         connections = Connections([], [])
-        for ranks, parameters in binding.domains().items():
+        for ranks, matrices in binding.domains().items():
             group = self._group_of(ranks)
             if group is not None:
                 require_same(self._describe(binding, ranks), group)
                 if replicated := [shard for shard in binding.shards if shard.ranks == ranks and shard.is_replicated]:
                     connections.replicated.append((replicated, Watch(group, binding.device)))
-            if parameters:
-                plan = make_plan([p.matrix for p in parameters], len(ranks), self._wire, self._options.chunk_bytes)
+            if matrices:
+                plan = make_plan([m.matrix for m in matrices], len(ranks), self._wire, self._options.chunk_bytes)
                 work = MuonWork(
-                    parameters, self._wire, self._schedule, self._options.polar_form, self._options.polar_dtype
+                    matrices, self._wire, self._schedule, self._options.polar_form, self._options.polar_dtype
                 )
                 connections.pipelines.append((Pipeline(plan, self._wire, group, binding.device), work))
         self._connections[binding.signature] = connections

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
+
+from muon_dist.forms import Forms
 
 Algorithm = Literal["muon", "adamw"]
 RowWiseState = Literal["fp32", "bf16", "linear8", "dynamic8", "int4", "nf4"]
@@ -42,15 +44,16 @@ class Options:
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     adamw_state: AdamWState = "fp32"
     nonfinite: Nonfinite = "propagate"
+    forms: Forms = field(default_factory=Forms)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if get_origin(hints[field.name]) is Literal:
-                require_one_of(field.name, value, get_args(hints[field.name]))
-            elif hints[field.name] is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name}={value!r}: it must be a positive integer")
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if get_origin(hints[name]) is Literal:
+                require_one_of(name, value, get_args(hints[name]))
+            elif hints[name] is int and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: it must be a positive integer")
         if self.rank_fraction is not None and not 0 < self.rank_fraction <= 1:
             raise ValueError(f"rank_fraction={self.rank_fraction!r}: it must be above 0 and at most 1, or None")
         if self.polar_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from muon_dist.forms import Form, as_tables
 from muon_dist.layout import Extent, Geometry, Piece, Rect, aligned_block, chunk_range
 from muon_dist.regions import Region
 
@@ -105,32 +106,30 @@ def _mesh_home(mesh: DeviceMesh, placements: Placements) -> Home:
 
 
 @lru_cache(maxsize=4096)
-def geometry_of(rows: int, cols: int, home: Home, turn: int = 0) -> Geometry:
-    """Pieces of a ``[rows, cols]`` matrix over the ranks of ``home``; cached, since layers repeat.
+def geometries_of(form: Form, home: Home, turn: int = 0) -> tuple[Geometry, ...]:
+    """Pieces of a parameter's matrices over the ranks of ``home``; cached, since layers repeat.
 
     Args:
         turn: which of the ranks that keep the same momentum sends it.
     """
-    readers: dict[Rect, list[int]] = {}  # by the part of the parameter that they have
-    keepers: dict[tuple[Rect, Rect], list[int]] = {}  # by that and the part of the momentum
+    # Of each matrix: by the part that they have of it in the parameter; by that and the part in the momentum.
+    readers: list[dict[Rect, list[int]]] = [{} for _ in range(form.count)]
+    keepers: list[dict[tuple[Rect, Rect], list[int]]] = [{} for _ in range(form.count)]
     for rank in range(len(home.ranks)):
-        stored = rect_of(rows, cols, home, home.placements, rank)
-        held = rect_of(rows, cols, home, home.momentum_placements, rank)
-        readers.setdefault(stored, []).append(rank)
-        if held.numel:
-            keepers.setdefault((stored, held), []).append(rank)
-    pieces = []
-    for (stored, held), ranks in keepers.items():
-        sender = ranks[turn]
-        others = tuple(rank for rank in ranks if rank != sender)
-        pieces.append(Piece(sender, held, tuple(readers[stored]), others))
-    return Geometry(rows, cols, tuple(sorted(pieces)))
-
-
-def rect_of(rows: int, cols: int, home: Home, placements: Placements, rank: int) -> Rect:
-    """The rectangle of a ``[rows, cols]`` tensor that lies on ``home.ranks[rank]`` under ``placements``."""
-    (row, height), (col, width) = local_extent((rows, cols), home.mesh_shape, home.coordinates[rank], placements)
-    return Rect(row, col, height, width)
+        stored = dict(form.rects_in(as_tables(home.region(form.shape, home.placements, rank))))
+        for matrix, rect in stored.items():
+            readers[matrix].setdefault(rect, []).append(rank)
+        for matrix, held in form.rects_in(as_tables(home.region(form.shape, home.momentum_placements, rank))):
+            keepers[matrix].setdefault((stored[matrix], held), []).append(rank)
+    found = []
+    for matrix in range(form.count):
+        pieces = []
+        for (part, held), ranks in keepers[matrix].items():
+            sender = ranks[turn]
+            others = tuple(rank for rank in ranks if rank != sender)
+            pieces.append(Piece(sender, held, tuple(readers[matrix][part]), others))
+        found.append(Geometry(form.rows(matrix), form.cols, tuple(sorted(pieces))))
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)
@@ -141,14 +140,16 @@ def block_of(shape: tuple[int, ...], home: Home, placements: Placements, block_s
 
 
 @lru_cache(maxsize=4096)
-def extent_of(shape: tuple[int, int], home: Home, placements: Placements) -> Extent:
-    """Of a matrix that lies on ``home.ranks`` as ``placements`` say."""
+def extent_of(shape: tuple[int, ...], home: Home, placements: Placements) -> Extent:
+    """Of a matrix, or of each of a stack, that lies on ``home.ranks`` as ``placements`` say."""
     # Cuts are torch.chunk's, so the first part is the largest.
-    (_, rows), (_, cols) = local_extent(shape, home.mesh_shape, (0,) * len(home.mesh_shape), placements)
-    cuts = (
-        math.prod(n for n, p in zip(home.mesh_shape, placements, strict=True) if _shards(p, dim, 2)) for dim in (0, 1)
+    *_, (_, rows), (_, cols) = local_extent(shape, home.mesh_shape, (0,) * len(home.mesh_shape), placements)
+    ndim = len(shape)
+    row_cuts, col_cuts = (
+        math.prod(n for n, p in zip(home.mesh_shape, placements, strict=True) if _shards(p, dim, ndim))
+        for dim in (ndim - 2, ndim - 1)
     )
-    return Extent(shape, (rows, cols), (next(cuts), next(cuts)))
+    return Extent((shape[-2], shape[-1]), (rows, cols), (row_cuts, col_cuts))
 
 
 def local_extent(
@@ -194,6 +195,20 @@ def unsupported_placement(parameter: Tensor) -> str | None:
         if isinstance(placement, Partial) or not isinstance(placement, Shard | _StridedShard | Replicate):
             return f"it has the placement {placement!r}; only Shard and Replicate can be stored and updated"
     return None
+
+
+@lru_cache(maxsize=256)
+def folds(shape: tuple[int, ...], home: Home) -> bool:
+    """Whether what each rank has of a parameter of ``shape`` is the same elements when it is folded to
+    [rows, all the rest]."""
+    inner = math.prod(shape[2:])
+    for rank in range(len(home.ranks)):
+        region = home.region(shape, home.placements, rank)
+        folded = home.region((shape[0], shape[1] * inner), home.placements, rank)
+        (row, col, *_), (rows, cols, *rest) = region.offset, region.size
+        if tuple(rest) != shape[2:] or (folded.offset, folded.size) != ((row, col * inner), (rows, cols * inner)):
+            return False
+    return True
 
 
 def require_gradient_fits(parameter: Tensor, name: str) -> None:

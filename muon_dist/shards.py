@@ -17,20 +17,22 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from muon_dist.layout import Geometry, Rect, flat_geometry
+from muon_dist.forms import Form, flat_geometries
+from muon_dist.layout import Geometry
+from muon_dist.regions import Region
 from muon_dist.sharding import (
     Home,
-    geometry_of,
+    folds,
+    geometries_of,
     home_of,
     local,
     local_gradient,
-    rect_of,
     require_gradient_fits,
     unsupported_placement,
 )
 from muon_dist.state import StateLayout, flat_layout, sharded_layout
 
-_flat_geometry = lru_cache(maxsize=4096)(flat_geometry)  # layers repeat
+_flat_geometries = lru_cache(maxsize=4096)(flat_geometries)  # layers repeat
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,15 @@ class Shard(ABC):
         """Raises ValueError for a gradient that cannot be read."""
 
     @abstractmethod
-    def geometry(self) -> Geometry:
-        """Of a matrix: which rank holds which piece. Raises ValueError for what Muon cannot take."""
-
-    @property
-    @abstractmethod
-    def rect(self) -> Rect:
-        """Of a matrix: which rectangle of the geometry's frame ``weight()`` is."""
+    def geometries(self, form: Form) -> tuple[Geometry, ...]:
+        """Of its matrices: which rank holds which piece. Raises ValueError for what Muon cannot take."""
 
     @abstractmethod
-    def momentum_layout(self, block_size: int) -> StateLayout:
+    def region(self, form: Form) -> Region:
+        """Which part of the tables ``weight()`` is."""
+
+    @abstractmethod
+    def momentum_layout(self, form: Form, block_size: int) -> StateLayout:
         """How the momentum lies; replicas share it out."""
 
     @abstractmethod
@@ -151,23 +152,28 @@ class TensorShard(Shard):
     def require_gradient_fits(self) -> None:
         require_gradient_fits(self.parameter, self.name)
 
-    def geometry(self) -> Geometry:
-        if len(self.shape) != 2:
-            raise ValueError(
-                f"{self.name} was a matrix when the optimizer was made and has shape {self.shape} now: an engine has "
-                f"put it in a buffer of its own. Make the optimizer with the class that muon_dist.integrations has "
-                f"for this engine"
-            )
-        return geometry_of(*self.shape, self.home, self.turn % self.home.momentum_copies)
+    def geometries(self, form: Form) -> tuple[Geometry, ...]:
+        if len(form.shape) < len(self.shape):
+            if not folds(self.shape, self.home):
+                raise ValueError(
+                    f"{self.name} is a convolution of shape {self.shape}, cut as {self.home.placements}: ranks have no "
+                    f"rectangles of its matrix. Shard it along dimension 0"
+                )
+            if not self.weight().is_contiguous():
+                raise ValueError(
+                    f"{self.name} is a convolution whose elements are not in row-major order (channels_last?); give "
+                    f"the model torch.contiguous_format"
+                )
+        return geometries_of(form, self.home, self.turn % self.home.momentum_copies)
 
-    @property
-    def rect(self) -> Rect:
-        rows, cols = self.shape
-        return rect_of(rows, cols, self.home, self.home.placements, self._index)
+    def region(self, form: Form) -> Region:
+        return self.home.region(form.shape, self.home.placements, self._index)
 
-    def momentum_layout(self, block_size: int) -> StateLayout:
+    def momentum_layout(self, form: Form, block_size: int) -> StateLayout:
         placements = self.home.momentum_placements
-        return sharded_layout(self.shape, self.home, placements, self._index, block_size, self.mesh, self._lies_on)
+        return sharded_layout(
+            form.shape, self.home, placements, self._index, block_size, self.mesh, self._lies_on, form
+        )
 
     def moments_layout(self, block_size: int) -> StateLayout:
         placements = self.home.placements
@@ -222,20 +228,18 @@ class FlatShard(Shard):
     def require_gradient_fits(self) -> None:
         """It lies in the engine's buffer, as the weight does."""
 
-    def geometry(self) -> Geometry:
-        rows, cols = self.shape
-        return _flat_geometry(rows, cols, self.runs)
+    def geometries(self, form: Form) -> tuple[Geometry, ...]:
+        return _flat_geometries(form, self.runs)
 
-    @property
-    def rect(self) -> Rect:
+    def region(self, form: Form) -> Region:
         start, length = self.runs[self.index]
-        return Rect(0, start, 1, length)
+        return Region(form.shape, (start,), (length,), flat=True)
 
-    def momentum_layout(self, block_size: int) -> StateLayout:
-        return flat_layout(self.shape, *self.runs[self.index], block_size, self.flat.device)
+    def momentum_layout(self, form: Form, block_size: int) -> StateLayout:
+        return flat_layout(form.shape, *self.runs[self.index], block_size, self.flat.device, form)
 
     def moments_layout(self, block_size: int) -> StateLayout:
-        return self.momentum_layout(block_size)
+        return flat_layout(self.shape, *self.runs[self.index], block_size, self.flat.device)
 
     @property
     def description(self) -> str:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from muon_dist.codecs import FOUR_BIT_CODECS, Codec, make_codec, make_low_rank_codec, nbytes
+from muon_dist.codecs import FOUR_BIT_CODECS, LOW_RANK_CODECS, Codec, Sections, make_codec, make_low_rank_codec, nbytes
+from muon_dist.forms import Form, as_tables
 from muon_dist.layout import Extent, extent_of_run
 from muon_dist.options import MomentumState, Options
-from muon_dist.regions import Region
+from muon_dist.regions import Box, Region
 from muon_dist.sharding import Home, Placements, block_of, extent_of, local, wrap_local
 
 MOMENTUM, FIRST_MOMENT, SECOND_MOMENT, STEP_COUNT = "momentum_buffer", "exp_avg", "exp_avg_sq", "step"
@@ -38,7 +39,8 @@ class StateLayout:
         block: elements that share a scale, for codecs that have one.
         mesh, placements: how the parts make the whole; mesh is None for a part that only this rank knows of.
         device: where the parts lie.
-        extent: of a matrix; None for other shapes.
+        extent: of a matrix, or of each of a stack; None for other shapes.
+        form: of the parameter, for the momentum of matrices.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +50,7 @@ class StateLayout:
     placements: Placements
     device: torch.device
     extent: Extent | None
+    form: Form | None = None
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -63,19 +66,23 @@ def sharded_layout(
     block_size: int,
     mesh: DeviceMesh | None,
     device: torch.device,
+    form: Form | None = None,
 ) -> StateLayout:
     """Of a state that lies on ``home.ranks[rank]`` as ``placements`` say; its blocks never cross a cut."""
     whole = tuple(shape)
     region = home.region(whole, placements, rank)
     block = block_of(whole, home, placements, block_size) if whole else block_size
-    extent = extent_of(whole, home, placements) if len(whole) == 2 else None
-    return StateLayout(whole, region, block, mesh, placements, device, extent)
+    extent = extent_of(whole, home, placements) if len(whole) >= 2 else None
+    return StateLayout(whole, region, block, mesh, placements, device, extent, form)
 
 
-def flat_layout(shape: Sequence[int], start: int, length: int, block_size: int, device: torch.device) -> StateLayout:
-    """Of the state of a run of a flattened parameter of ``shape``: one row, its blocks counted from its start."""
+def flat_layout(
+    shape: Sequence[int], start: int, length: int, block_size: int, device: torch.device, form: Form | None = None
+) -> StateLayout:
+    """Of the state of a run of a flattened parameter of ``shape``: one row, its blocks counted from its start, and
+    anew from where another matrix of ``form`` starts."""
     region = Region(tuple(shape), (start,), (length,), flat=True)
-    return StateLayout((1, length), region, block_size, None, (), device, extent_of_run(shape, length))
+    return StateLayout((1, length), region, block_size, None, (), device, extent_of_run(shape, length), form)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,18 @@ class StoredTensor:
     def buffers(self, state: MutableMapping[str, Any]) -> dict[str, Tensor]:
         """This rank's buffers, by the codec's names."""
         return {buffer: local(state[self._entry(buffer)]) for buffer in self.codec.buffers(self.layout.local_shape)}
+
+    def piece(self, state: MutableMapping[str, Any], box: Box) -> tuple[Codec, dict[str, Tensor]]:
+        """Codec and buffers of a matrix's piece, which is all that this rank has at ``box`` of the tables."""
+        buffers = self.buffers(state)
+        table, rows, cols = box.slices_in(as_tables(self.layout.region))
+        if isinstance(self.codec, Sections):
+            return self.codec.section(cols.start, buffers)
+        if len(self.layout.shape) == 3:
+            buffers = {name: buffer[table.start] for name, buffer in buffers.items()}
+        if self.codec.row_wise:
+            buffers = {name: buffer[rows] for name, buffer in buffers.items()}
+        return self.codec, buffers
 
     @property
     def nbytes(self) -> int:
@@ -137,9 +156,37 @@ def codec_of(
     return make_codec(codec, block, signed=label != SECOND_MOMENT)
 
 
+def codec_of_run(
+    label: str,
+    codec: MomentumState,
+    block: int,
+    region: Region,
+    form: Form | None = None,
+    rank_fraction: float | None = None,
+) -> Codec:
+    """The codec of a run of a flattened parameter; arguments as of :func:`codec_of`.
+
+    Args:
+        form: of the parameter, for the momentum of matrices.
+    """
+    lengths = [section.length for section in form.sections(*region.offset, *region.size)] if form else []
+    shape = form.shape[-2:] if form else region.shape
+    codecs = [codec_of(label, codec, block, extent_of_run(shape, n), rank_fraction) for n in lengths or region.size]
+    return Sections(tuple(codecs), tuple(lengths)) if len(codecs) > 1 else codecs[0]
+
+
 def momentum_of(layout: StateLayout, options: Options, prefix: str = "") -> StoredTensor:
-    """The momentum of a matrix. Raises ValueError where the codec cannot store a matrix that lies like this."""
-    codec = codec_of(MOMENTUM, options.momentum_state, layout.block, layout.extent, options.rank_fraction)
+    """The momentum of matrices. Raises ValueError where the codec cannot store matrices that lie like this."""
+    name, block, form = options.momentum_state, layout.block, layout.form
+    if name in LOW_RANK_CODECS and form is not None and len(form.splits) > 1:
+        raise ValueError(
+            f"{name} keeps one subspace of all rows of a parameter that a rank has, but splits cut it into {form}: use "
+            f"a momentum_state that works row by row, such as nf4, or do not split it"
+        )
+    if layout.region.flat:
+        codec = codec_of_run(MOMENTUM, name, block, layout.region, form, options.rank_fraction)
+    else:
+        codec = codec_of(MOMENTUM, name, block, layout.extent, options.rank_fraction)
     return StoredTensor(prefix, MOMENTUM, codec, layout)
 
 

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 
-from muon_dist.layout import Matrix, flat_geometry
+from muon_dist.forms import Form, as_tables, flat_geometries
+from muon_dist.layout import Geometry, Matrix
 from muon_dist.plan import Plan, make_plan, polar_flops
-from muon_dist.sharding import Home, geometry_of, rect_of
+from muon_dist.sharding import Home, geometries_of
 from muon_dist.strips import strips
 from muon_dist.wire import wire_format
 
@@ -26,6 +27,10 @@ LLAMA_8B = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096
 def home(replicas: int, shards: int) -> Home:
     where = tuple((rank // shards, rank % shards) for rank in range(replicas * shards))
     return Home(tuple(range(replicas * shards)), (replicas, shards), where, (Replicate(), Shard(0)))
+
+
+def geometry_of(rows: int, cols: int, where: Home, turn: int = 0) -> Geometry:
+    return geometries_of(Form((rows, cols), (rows,)), where, turn)[0]
 
 
 def matrices(shapes: Sequence[tuple[int, int]], where: Home) -> list[Matrix]:
@@ -77,11 +82,9 @@ def test_pieces_cover_a_matrix_once_and_are_wanted_by_every_replica(
             for c in range(piece.rect.col, piece.rect.col + piece.rect.cols):
                 covered[r][c] += 1
         for rank in piece.wanted_by:  # the holder among them, so it has the gradient
-            stored = rect_of(rows, cols, where, where.placements, rank)
-            inside = piece.rect.relative_to(stored)
-            assert min(inside.row, inside.col) >= 0
-            assert inside.row + inside.rows <= stored.rows
-            assert inside.col + inside.cols <= stored.cols
+            stored = as_tables(where.region((rows, cols), where.placements, rank))
+            inside = Form((rows, cols), (rows,)).box(0, piece.rect)
+            assert stored.intersection(inside) == inside
         assert piece.rank in piece.wanted_by
     assert all(count == 1 for row in covered for count in row)
 
@@ -128,7 +131,7 @@ def zero2(shapes: Sequence[tuple[int, int]], ranks: int) -> list[Matrix]:
     for i, (rows, cols) in enumerate(shapes):
         cuts = [min(max(length * r - start, 0), rows * cols) for r in range(ranks + 1)]
         runs = [(a, b - a) for a, b in itertools.pairwise(cuts)]
-        found.append(Matrix(f"{i}.weight", flat_geometry(rows, cols, runs)))
+        found.append(Matrix(f"{i}.weight", *flat_geometries(Form((rows, cols), (rows,)), runs)))
         start += rows * cols
     return found
 

@@ -15,14 +15,12 @@ from typing import Any, cast
 import torch
 
 from muon_dist.codecs import CODECS, Codec
+from muon_dist.forms import Form
 from muon_dist.groups import GROUP_OPTIONS
-from muon_dist.layout import Extent, extent_of_run
+from muon_dist.layout import Extent
 from muon_dist.options import Algorithm, MomentumState, Options, require_one_of
 from muon_dist.regions import Region
-from muon_dist.state import codec_of
-
-# What wrappers put into the names of parameters: DDP in front, torch.compile and activation checkpointing anywhere.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+from muon_dist.state import codec_of, codec_of_run
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,15 @@ class SavedState:
     pieces: tuple[Region, ...]  # disjoint, and all of it
     extent: Extent | None = None  # of a matrix that meshes cut
     rank_fraction: float | None = None
+    splits: tuple[int, ...] = ()  # of a momentum: its form's
 
     def codec_for(self, label: str, piece: Region) -> Codec:
         """The codec that stored a piece."""
-        extent = extent_of_run(piece.shape, *piece.size) if piece.flat else self.extent
-        return codec_of(label, cast(MomentumState, self.codec), self.block, extent, self.rank_fraction)
+        codec = cast(MomentumState, self.codec)
+        if piece.flat:
+            form = Form(piece.shape, self.splits) if self.splits else None
+            return codec_of_run(label, codec, self.block, piece, form, self.rank_fraction)
+        return codec_of(label, codec, self.block, self.extent, self.rank_fraction)
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,6 @@ def tensor_key(name: str, label: str, region: Region, buffer: str) -> str:
     return f"{name}/{label}/{'.'.join(map(str, region.offset))}/{buffer or 'values'}"
 
 
-def plain_name(name: str) -> str:
-    """The name of a parameter in the unwrapped model."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
-
-
 def options_to_json(options: Options) -> dict[str, Any]:
     return {**asdict(options), "polar_dtype": options.polar_dtype and str(options.polar_dtype)}
 
@@ -110,6 +105,7 @@ def _parameter_from(entry: Mapping[str, Any]) -> SavedParameter:
             tuple(map(_region_from, state["pieces"])),
             _extent_from(state["extent"]),
             state["rank_fraction"],
+            tuple(state.get("splits", ())),  # older checkpoints have one matrix a parameter
         )
         for label, state in entry["states"].items()
     }

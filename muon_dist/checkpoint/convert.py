@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from muon_dist.checkpoint.contents import Contents, SavedParameter, SavedState, plain_name, tensor_key, versions
+from muon_dist.checkpoint.contents import Contents, SavedParameter, SavedState, tensor_key, versions
 from muon_dist.checkpoint.saved import SavedTensor
 from muon_dist.checkpoint.seal import begin, finish, verify
 from muon_dist.checkpoint.storage import TensorReader, write
+from muon_dist.names import plain_name
 from muon_dist.options import Algorithm
 from muon_dist.regions import Region
 from muon_dist.state import FIRST_MOMENT, MOMENTUM, SECOND_MOMENT, STEP_COUNT

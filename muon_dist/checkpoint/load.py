@@ -17,10 +17,11 @@ from torch import Tensor
 
 from muon_dist.agreement import gathered
 from muon_dist.binding import Binding
-from muon_dist.checkpoint.contents import Contents, group_from_json, plain_name
+from muon_dist.checkpoint.contents import Contents, group_from_json
 from muon_dist.checkpoint.saved import SavedTensor
 from muon_dist.checkpoint.seal import verify
 from muon_dist.checkpoint.storage import TensorReader
+from muon_dist.names import plain_name
 from muon_dist.optimizer import DistMuon
 from muon_dist.regions import Box, Region
 from muon_dist.state import StoredTensor

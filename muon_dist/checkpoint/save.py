@@ -25,13 +25,13 @@ from muon_dist.checkpoint.contents import (
     SavedState,
     group_to_json,
     options_to_json,
-    plain_name,
     tensor_key,
     versions,
 )
 from muon_dist.checkpoint.seal import begin, finish
 from muon_dist.checkpoint.storage import write
 from muon_dist.layout import Extent
+from muon_dist.names import plain_name
 from muon_dist.optimizer import DistMuon
 from muon_dist.options import Algorithm
 from muon_dist.regions import Region
@@ -46,6 +46,7 @@ class Piece(NamedTuple):
     codec: str
     block: int
     extent: Extent | None
+    splits: tuple[int, ...]
     shape: tuple[int, ...]  # of the parameter
     algorithm: Algorithm
     options: dict[str, Any]
@@ -115,6 +116,7 @@ def _pieces(binding: Binding) -> list[Piece]:
             stored.codec.name,
             stored.layout.block,
             None if stored.layout.region.flat else stored.layout.extent,
+            stored.layout.form.splits if stored.layout.form else (),
             shard.shape,
             shard.group["algorithm"],
             group_to_json(shard.group),
@@ -173,4 +175,4 @@ def _merge_state(name: str, pieces: Sequence[Piece], rank_fraction: float | None
             f"{name} is the name of several parameters, which lie on ranks {where}: experts, as a rule. A portable "
             f"checkpoint needs a name for each; give the optimizer names that tell them apart"
         )
-    return SavedState(first.codec, first.block, tuple(regions), first.extent, rank_fraction)
+    return SavedState(first.codec, first.block, tuple(regions), first.extent, rank_fraction, first.splits)

@@ -15,6 +15,7 @@ from muon_dist.codecs.grid4 import Grid4
 from muon_dist.codecs.linear8 import Linear8
 from muon_dist.codecs.lowrank import Folded, LowRank, aligned_rank, rank_of
 from muon_dist.codecs.protocol import BufferSpec, Codec
+from muon_dist.codecs.sections import Sections
 from muon_dist.layout import Extent
 from muon_dist.options import DEFAULT_BLOCK_SIZE, LowRankState, MomentumState, RowWiseState
 
@@ -81,6 +82,7 @@ __all__ = [
     "LOW_RANK_CODECS",
     "BufferSpec",
     "Codec",
+    "Sections",
     "make_codec",
     "make_low_rank_codec",
     "nbytes",

@@ -70,13 +70,13 @@ class LowRank:
         return [*_named("left", specs), *_named("right", specs)]
 
     def whole(self, shape: Sequence[int]) -> dict[str, BufferSpec]:
-        rows, cols = shape
+        *stack, rows, cols = shape
         row_cuts, col_cuts = self.cuts
         left = {
-            key: BufferSpec((rows, col_cuts * spec.shape[1]), spec.dtype)
+            key: BufferSpec((*stack, rows, col_cuts * spec.shape[-1]), spec.dtype)
             for key, spec in self.factors.buffers((rows, self.rank)).items()
         }
-        right = self.factors.buffers((row_cuts * self.rank, cols))
+        right = self.factors.buffers((*stack, row_cuts * self.rank, cols))
         return {**_named("left", left), **_named("right", right), **self.residual.whole(shape)}
 
     def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:

@@ -201,14 +201,11 @@ def _store_grid(
     place = row * cols + col
     taken_rows = tl.where(tl.load(fields) > 0, rows, 0)
     mask = (row < taken_rows) & (col < cols)
+    any_row = tl.max(mask.to(tl.int32), axis=0, keep_dims=True) != 0
     place_in_stack = tl.program_id(1).to(tl.int64) * rows * cols + place
     left = tl.load(momentum + place_in_stack, mask=mask, other=0).to(tl.float32)
     left -= tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)
     codes, of_row, of_column = encode_grid(left)
     store_codes4(codes, pointer_in(fields + 2, "grid4"), place, mask)
     tl.store(pointer_in(fields + 3, "bf16") + row * blocks + block, of_row, mask=row < taken_rows)
-    tl.store(
-        pointer_in(fields + 6, "bf16") + tile_row * cols + col,
-        of_column,
-        mask=(col < cols) & (tile_row * TILE < taken_rows),
-    )
+    tl.store(pointer_in(fields + 6, "bf16") + tile_row * cols + col, of_column, mask=any_row)

@@ -48,14 +48,16 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(97, 44)
-        self.up = nn.Linear(44, 68)
+        self.conv = nn.Conv1d(44, 68, 2, padding=1)
         self.down = nn.Linear(68, 44, bias=False)
+        self.experts = nn.Parameter(torch.randn(3, 20, 44) / 7)
         self.norm = nn.LayerNorm(44)
         self.lm_head = nn.Linear(44, 97, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.embed_tokens(tokens)
-        h = h + self.down(torch.relu(self.up(h)))
+        h = h + self.down(torch.relu(self.conv(h.mT)[..., :-1].mT))
+        h = h + torch.relu(h.unsqueeze(1) @ self.experts.mT).matmul(self.experts).mean(1)
         logits = self.lm_head(self.norm(h))
         return functional.cross_entropy(logits.flatten(0, 1), (tokens.flatten() + 1) % 97)
 
@@ -93,6 +95,11 @@ class Trainer:
         elif layout.startswith("DDP"):
             module = DistributedDataParallel(model)
         return cls(model, module, DistMuon(module.named_parameters(), **options))
+
+    @staticmethod
+    def initial_weights() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        return {name: p.detach() for name, p in Model().named_parameters()}
 
     def train(self, steps: range) -> None:
         for step in steps:
