@@ -8,7 +8,7 @@ dynamic map, since a linear one rounds small values to zero and the update divid
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from muon_dist.state import StoredTensor, moments_of, step_count_of
 
 if kernels.HAS_TRITON:
     from muon_dist.kernels import adamw as adamw_kernels
+    from muon_dist.kernels.adamw import AdamWBatch
 
 # Elements decoded at a time: bounds the fp32 temporaries at three times 64 MiB for any embedding.
 _SLICE_ELEMENTS = 1 << 24
@@ -50,38 +51,28 @@ class AdamWParameter:
         self.exp_avg.create(self.shard.state)
         self.exp_avg_sq.create(self.shard.state)
 
-    def update(self, taken: Tensor | None = None) -> None:
-        """One AdamW step, where the parameter lies; nothing where there is no gradient. Ranks with an empty shard count
-        steps like the others.
+    def update(self, taken: Tensor | None, batch: AdamWBatch | None) -> None:
+        """One AdamW step, where the parameter lies; nothing where there is no gradient. The step is counted before.
 
         Args:
             taken: a bool on the device, whether anything changes; None: it does.
+            batch: may take the work, to be launched later; None if there are no kernels.
         """
         gradient = self.shard.gradient()
         weight = self.shard.weight()
-        if gradient is None:
+        if gradient is None or weight.numel() == 0:
             return
         group, state = self.shard.group, self.shard.state
         step = self.step.buffers(state)[""]
-        if taken is not None:
-            taken = taken.to(step.device)
-        step += 1 if taken is None else taken
-        if weight.numel() == 0:
-            return
         first, second = self.exp_avg.buffers(state), self.exp_avg_sq.buffers(state)
         lr = float(group["lr"])
         if kernels.usable_on(weight.device) and weight.is_contiguous() and gradient.is_contiguous():
-            adamw_kernels.adamw(
-                _as_matrix(weight),
-                _as_matrix(gradient),
-                step if taken is None else step * taken,
-                self.exp_avg.codec.for_kernels(first),
-                self.exp_avg_sq.codec.for_kernels(second),
-                lr,
-                group["betas"],
-                group["eps"],
-                group["weight_decay"],
-            )
+            matrices = _as_matrix(weight), _as_matrix(gradient)
+            moments = self.exp_avg.codec.for_kernels(first), self.exp_avg_sq.codec.for_kernels(second)
+            rates = adamw_kernels.Rates.of(lr, group["betas"], group["eps"], group["weight_decay"])
+            if batch is None or not batch.take(*matrices, step, *moments, rates):
+                counted = step if taken is None else step * taken.to(step.device)
+                adamw_kernels.adamw(*matrices, counted, *moments, rates)
             return
         for rows in _row_slices(weight):
             w = _cut(weight, rows)
@@ -97,7 +88,9 @@ class AdamWParameter:
                 [],
                 [step - 1],  # adamw() counts it up
                 fused=True,
-                found_inf=None if taken is None else (~taken).float(),  # changes nothing, and encoding is idempotent
+                found_inf=None
+                if taken is None
+                else (~taken.to(step.device)).float(),  # changes nothing, and encoding is idempotent
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -110,6 +103,30 @@ class AdamWParameter:
                 w.copy_(wide)
             m.close()
             v.close()
+
+
+def update_all(parameters: Sequence[AdamWParameter], device: torch.device, taken: Tensor | None) -> None:
+    """The AdamW part of a step on this rank, computed on ``device``. Ranks with an empty shard count steps like the
+    others; ``taken`` is as in :meth:`AdamWParameter.update`."""
+    present = [p for p in parameters if p.shard.has_gradient]
+    _count([p.step.buffers(p.shard.state)[""] for p in present], taken)
+    batch = AdamWBatch(taken) if kernels.usable_on(device) else None
+    for p in present:
+        p.update(taken, batch)
+    if batch is not None:
+        batch.launch()
+
+
+def _count(steps: Sequence[Tensor], taken: Tensor | None) -> None:
+    """Counts a step that is taken, in few launches."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for step in steps:
+        by_device.setdefault(step.device, []).append(step)
+    for device, here in by_device.items():
+        if taken is None:
+            torch._foreach_add_(here, 1)
+        else:
+            torch._foreach_add_(here, taken.to(device, torch.float32))
 
 
 class _Opened:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from muon_dist.adamw import AdamWParameter
+from muon_dist.adamw import AdamWParameter, update_all
 from muon_dist.muon import MuonMatrix, MuonParameter
 from muon_dist.options import Options
 from muon_dist.shards import Shard, TensorShard
@@ -43,8 +43,7 @@ class Binding:
         Args:
             taken: a bool on the device, whether anything changes; None: it does.
         """
-        for p in self.adamw:
-            p.update(taken)
+        update_all(self.adamw, self.device, taken)
 
     def stored(self) -> Iterator[tuple[Shard, StoredTensor]]:
         """All state of this rank, with the parameter that each is of."""

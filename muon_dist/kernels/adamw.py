@@ -1,4 +1,4 @@
-"""AdamW in one pass over a parameter and both moments, fp32 or dynamic8.
+"""AdamW in one pass over a parameter and both moments, fp32 or dynamic8; small parameters many a launch.
 
 Reference: ``AdamWParameter.update`` in ``muon_dist/adamw.py``.
 
@@ -8,26 +8,51 @@ Source of the update: Loshchilov and Hutter, "Decoupled Weight Decay Regularizat
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from muon_dist.kernels import Encoded
+from muon_dist.kernels.table import (
+    FORMATS,
+    Key,
+    addresses,
+    aligned,
+    bits,
+    common_block,
+    constants,
+    grid,
+    number_in,
+    pointer_in,
+    table_on,
+    tile_of_piece,
+)
 from muon_dist.kernels.tiles import Tiling, load_tile, store_tile, tile_of
 
+# Larger parameters have launches of their own: every piece of a launch is given as many programs as the largest needs.
+_SMALL = 1 << 20
 
-def adamw(
-    weight: Tensor,
-    gradient: Tensor,
-    step: Tensor,
-    first: Encoded,
-    second: Encoded,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
+
+class Rates(NamedTuple):
+    """What kernels take of a group: an update is w decay - lr m / (sqrt(v) + eps), moments corrected by the step."""
+
+    lr: float
+    weight1: float
+    weight2: float
+    log2_beta1: float
+    log2_beta2: float
+    eps: float
+    decay: float
+
+    @classmethod
+    def of(cls, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Rates:
+        log2_beta1, log2_beta2 = (math.log2(beta) if beta else -math.inf for beta in betas)
+        return cls(lr, 1 - betas[0], 1 - betas[1], log2_beta1, log2_beta2, eps, 1 - lr * weight_decay)
+
+
+def adamw(weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second: Encoded, rates: Rates) -> None:
     """One step.
 
     Args:
@@ -44,16 +69,47 @@ def adamw(
         *first.pointers,
         *second.pointers,
         *tiling.shape,
-        lr,
-        1 - betas[0],
-        1 - betas[1],
-        math.log2(betas[0]) if betas[0] else -math.inf,
-        math.log2(betas[1]) if betas[1] else -math.inf,
-        eps,
-        1 - lr * weight_decay,
+        *rates,
         FORMAT=first.format,
         **tiling.constants,
     )
+
+
+class AdamWBatch:
+    """Collects small parameters for :func:`adamw`."""
+
+    def __init__(self, taken: Tensor | None) -> None:
+        self._taken = taken
+        self._pieces: dict[Key, list[list[int]]] = {}
+        self._maps: dict[Key, tuple[Tensor, ...]] = {}
+
+    def take(
+        self, weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second: Encoded, rates: Rates
+    ) -> bool:
+        """Whether the parameter is taken; arguments are those of :func:`adamw`, but the step is counted either way."""
+        block = common_block(weight, first, second) if weight.numel() <= _SMALL else 0
+        place = [gradient.data_ptr(), *addresses(weight, first, second)]
+        if not block or not aligned(place):
+            return False
+        key = (weight.device, weight.dtype, gradient.dtype, first.format, block)
+        row = [weight.numel() // block, *place, step.data_ptr(), *map(bits, rates)]
+        self._pieces.setdefault(key, []).append(row)
+        self._maps[key] = (*first.pointers[2:], *second.pointers[2:])
+        return True
+
+    def launch(self) -> None:
+        """Computes what was taken."""
+        for key, rows in self._pieces.items():
+            device, weight, gradient, moments, block = key
+            _adamw_many[grid(rows, block)](
+                table_on(device, rows, self._taken),
+                *self._maps[key],
+                WEIGHT=FORMATS[weight],
+                GRADIENT=FORMATS[gradient],
+                FORMAT=moments,
+                FIELDS=len(rows[0]),
+                **constants(block),
+            )
 
 
 @triton.jit
@@ -95,11 +151,65 @@ def _adamw(
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)
     m = load_tile(first, first_scales, first_levels, place, mask, scale_place, scale_mask, FORMAT)
     v = load_tile(second, second_scales, second_levels, place, mask, scale_place, scale_mask, FORMAT)
-    m += weight1 * (g - m)
-    v += weight2 * (g * g - v)
+    w, m, v = _updated(w, g, m, v, t, lr, weight1, weight2, log2_beta1, log2_beta2, eps, decay)
     store_tile(m, first, first_scales, first_borders, first_starts, place, mask, scale_place, scale_mask, FORMAT)
     store_tile(v, second, second_scales, second_borders, second_starts, place, mask, scale_place, scale_mask, FORMAT)
+    tl.store(weight + there, w, mask=mask)
+
+
+@triton.jit
+def _adamw_many(
+    table,
+    first_levels,
+    first_borders,
+    first_starts,
+    second_levels,
+    second_borders,
+    second_starts,
+    WEIGHT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    fields = table + tl.program_id(1) * FIELDS
+    rows = tl.load(fields)
+    if tl.program_id(0) * ROWS < rows:
+        gradient = pointer_in(fields + 1, GRADIENT)
+        weight = pointer_in(fields + 2, WEIGHT)
+        first, first_scales = pointer_in(fields + 3, FORMAT), pointer_in(fields + 4, "bf16")
+        second, second_scales = pointer_in(fields + 5, FORMAT), pointer_in(fields + 6, "bf16")
+        t = tl.load(tl.load(fields + 7).to(tl.pointer_type(tl.float32)))
+        place, mask, row, row_mask = tile_of_piece(rows, BLOCK, ROWS)
+        g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
+        w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
+        m = load_tile(first, first_scales, first_levels, place, mask, row, row_mask, FORMAT)
+        v = load_tile(second, second_scales, second_levels, place, mask, row, row_mask, FORMAT)
+        w, m, v = _updated(
+            w,
+            g,
+            m,
+            v,
+            t,
+            number_in(fields + 8),
+            number_in(fields + 9),
+            number_in(fields + 10),
+            number_in(fields + 11),
+            number_in(fields + 12),
+            number_in(fields + 13),
+            number_in(fields + 14),
+        )
+        store_tile(m, first, first_scales, first_borders, first_starts, place, mask, row, row_mask, FORMAT)
+        store_tile(v, second, second_scales, second_borders, second_starts, place, mask, row, row_mask, FORMAT)
+        tl.store(weight + place, w, mask=mask)
+
+
+@triton.jit
+def _updated(w, g, m, v, t, lr, weight1, weight2, log2_beta1, log2_beta2, eps, decay):
+    """Weight and moments after step ``t``."""
+    m += weight1 * (g - m)
+    v += weight2 * (g * g - v)
     correction1 = 1 - tl.exp2(t * log2_beta1)
     correction2 = 1 - tl.exp2(t * log2_beta2)
-    w = w * decay - (lr / correction1) * m / (tl.sqrt(v / correction2) + eps)
-    tl.store(weight + there, w, mask=mask)
+    return w * decay - (lr / correction1) * m / (tl.sqrt(v / correction2) + eps), m, v

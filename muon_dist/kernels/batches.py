@@ -20,6 +20,7 @@ from muon_dist.kernels.table import (
     common_block,
     constants,
     grid,
+    number_in,
     pointer_in,
     table_on,
     tile_of_piece,
@@ -145,8 +146,8 @@ def _apply(
         weight = pointer_in(fields + 1, WEIGHT)
         elements = pointer_in(fields + 2, UPDATE)
         scales = pointer_in(fields + 3, "bf16")
-        decay = tl.load(fields + 4).to(tl.int32).to(tl.float32, bitcast=True)
-        factor = tl.load(fields + 5).to(tl.int32).to(tl.float32, bitcast=True)
+        decay = number_in(fields + 4)
+        factor = number_in(fields + 5)
         place, mask, row, row_mask = tile_of_piece(rows, BLOCK, ROWS)
         u = load_tile(elements, scales, levels, place, mask, row, row_mask, UPDATE)
         w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)

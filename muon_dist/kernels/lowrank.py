@@ -196,16 +196,19 @@ def _store_grid(
     """A program stores a whole tile: the scales of its columns are over all its rows."""
     fields = table + tl.program_id(1) * FIELDS
     tile_row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    row = (tile_row * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
-    col = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    place = row * cols + col
-    taken_rows = tl.where(tl.load(fields) > 0, rows, 0)
-    mask = (row < taken_rows) & (col < cols)
-    any_row = tl.max(mask.to(tl.int32), axis=0, keep_dims=True) != 0
-    place_in_stack = tl.program_id(1).to(tl.int64) * rows * cols + place
-    left = tl.load(momentum + place_in_stack, mask=mask, other=0).to(tl.float32)
-    left -= tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)
+    first_row = tile_row * TILE
+    height = tl.where(tl.load(fields) > 0, rows - first_row, 0)  # no rows in a step that is not taken
+    # Places in the tile are 32 bits wide, those of the tile 64: a tile fills the registers.
+    start = first_row.to(tl.int64) * cols + block * BLOCK
+    row = tl.arange(0, TILE)[:, None]
+    place = row * cols + tl.arange(0, BLOCK)[None, :]
+    mask = tl.broadcast_to(row < height, (TILE, BLOCK))
+    in_stack = tl.program_id(1).to(tl.int64) * rows * cols + start
+    left = tl.load(momentum + in_stack + place, mask=mask, other=0).to(tl.float32)
+    left -= tl.load(low + in_stack + place, mask=mask, other=0).to(tl.float32)
     codes, of_row, of_column = encode_grid(left)
-    store_codes4(codes, pointer_in(fields + 2, "grid4"), place, mask)
-    tl.store(pointer_in(fields + 3, "bf16") + row * blocks + block, of_row, mask=row < taken_rows)
+    store_codes4(codes, pointer_in(fields + 2, "grid4") + start // 2, place, mask)
+    tl.store(pointer_in(fields + 3, "bf16") + (first_row + row) * blocks + block, of_row, mask=row < height)
+    any_row = tl.max(mask.to(tl.int32), axis=0, keep_dims=True) != 0
+    col = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(pointer_in(fields + 6, "bf16") + tile_row * cols + col, of_column, mask=any_row)

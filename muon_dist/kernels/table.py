@@ -81,6 +81,12 @@ def pointer_in(field, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def number_in(field):
+    """An fp32 number in a field of the table, as ``bits`` put it there."""
+    return tl.load(field).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def tile_of_piece(rows, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Places [ROWS, BLOCK] and rows [ROWS, 1] of this program's tile, a block a row, with their masks."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]

@@ -22,7 +22,7 @@ def unit_rows(matrices: Tensor, smallest: float) -> Tensor:
     """
     rows, cols = matrices.shape[-2:]
     out = torch.empty_like(matrices)
-    _unit_rows[(matrices.shape[:-1].numel(),)](matrices, out, rows, cols, smallest, COLS=_COLS)
+    _unit_rows[(matrices.shape[:-1].numel(),)](matrices, out, rows, cols, smallest, (2 / cols) ** 0.5, COLS=_COLS)
     return out
 
 
@@ -41,7 +41,7 @@ def unit_columns(matrices: Tensor, smallest: float) -> Tensor:
 
 
 @triton.jit
-def _unit_rows(matrices, out, rows, cols, smallest, COLS: tl.constexpr):
+def _unit_rows(matrices, out, rows, cols, smallest, height, COLS: tl.constexpr):
     index = tl.program_id(0)
     start = index.to(tl.int64) * cols
     squares = tl.zeros((COLS,), tl.float32)
@@ -52,7 +52,6 @@ def _unit_rows(matrices, out, rows, cols, smallest, COLS: tl.constexpr):
     norm = tl.sqrt(tl.sum(squares, axis=0))
     missing = norm < smallest
     frequency = tl.sqrt((index % rows + 1).to(tl.float32))
-    height = tl.sqrt(2.0 / cols)
     for first in range(0, cols, COLS):
         col = first + tl.arange(0, COLS)
         x = tl.load(matrices + start + col, mask=col < cols, other=0).to(tl.float32)
