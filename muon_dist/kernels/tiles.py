@@ -140,7 +140,7 @@ def _pairs(values):
 @triton.jit
 def encode_nearest(values, borders):
     """Codes of a map of 16 levels, int32 [ROWS, COLS], and bf16 scales [ROWS, 1]."""
-    scale, inverse = _scale(tl.max(tl.abs(values), axis=1, keep_dims=True), values, 1)
+    scale, inverse = _scale(_largest(values, 1))
     fractions = values * inverse
     codes = tl.zeros(values.shape, tl.int32)
     for i in tl.static_range(15):
@@ -151,8 +151,8 @@ def encode_nearest(values, borders):
 @triton.jit
 def encode_grid(values):
     """Codes of int4's map with the smaller of two scales for each element, and bf16 scales [ROWS, 1] and [1, COLS]."""
-    of_row, of_row_inverse = _scale(tl.max(tl.abs(values), axis=1, keep_dims=True), values, 1)
-    of_column, of_column_inverse = _scale(tl.max(tl.abs(values), axis=0, keep_dims=True), values, 0)
+    of_row, of_row_inverse = _scale(_largest(values, 1))
+    of_column, of_column_inverse = _scale(_largest(values, 0))
     rows, columns = of_row.to(tl.float32), of_column.to(tl.float32)
     inverse = tl.where(rows < columns, of_row_inverse, of_column_inverse)  # zero where the smaller scale is
     codes = tl.floor(values * (inverse * 7.0) + 8.5).to(tl.int32)
@@ -162,7 +162,7 @@ def encode_grid(values):
 @triton.jit
 def encode_linear8(values):
     """int8 codes [ROWS, COLS] and bf16 scales [ROWS, 1]."""
-    scale, inverse = _scale(tl.max(tl.abs(values), axis=1, keep_dims=True), values, 1)
+    scale, inverse = _scale(_largest(values, 1))
     steps = values * (inverse * 127.0)
     # Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even; the interpreter has no rint.
     steps = (steps + 12582912.0) - 12582912.0
@@ -175,7 +175,8 @@ def encode_dynamic8(values, borders, starts):
     high = tl.max(values, axis=1, keep_dims=True)
     low = tl.min(values, axis=1, keep_dims=True)
     largest = tl.where(high >= -low, high, low)
-    scale, inverse = _scale(largest, values, 1)
+    missing = tl.max((values != values).to(tl.int32), axis=1, keep_dims=True)  # tl.max passes over NaN
+    scale, inverse = _scale(tl.where(missing > 0, float("nan"), largest))
     fractions = tl.where((values == largest) & (scale.to(tl.float32) != 0), 1.0, values * inverse)
     bits = fractions.to(tl.int32, bitcast=True)
     cell = ((bits & 0x7FFFFFFF) >> _CELL_SHIFT) - _FIRST_CELL
@@ -187,11 +188,17 @@ def encode_dynamic8(values, borders, starts):
 
 
 @triton.jit
-def _scale(largest, values, AXIS: tl.constexpr):
-    """bf16 scale of each row's largest element, and its fp32 inverse; 0 for blocks too small to store, NaN shows.
-    Of each column's with AXIS 0."""
-    missing = tl.max((values != values).to(tl.int32), axis=AXIS, keep_dims=True)  # tl.max passes over NaN
-    largest = tl.where(missing > 0, float("nan"), largest)
+def _largest(values, AXIS: tl.constexpr):
+    """The largest magnitude of each row, or of each column; NaN where there is one: as integers, magnitudes come in the
+    same order, and NaN after all others."""
+    magnitudes = tl.abs(values).to(tl.int32, bitcast=True)
+    return tl.max(magnitudes, axis=AXIS, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale(largest):
+    """The scale of a block whose largest element is ``largest``, bf16, and its fp32 inverse; 0 for blocks too small to
+    store, NaN shows."""
     wide = _round_to_bf16(tl.where(tl.abs(largest) < _SMALLEST_SCALE, 0.0, largest))
     inverse = tl.where(tl.abs(wide) < _SMALLEST_SCALE, 0.0, tl.div_rn(tl.full(wide.shape, 1.0, tl.float32), wide))
     return wide.to(tl.bfloat16), inverse

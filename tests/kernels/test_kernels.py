@@ -51,13 +51,21 @@ def train(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, **options: Any
     return [p.detach().float() for _, p in named], [s.decode(state) for state, s in stored]
 
 
-def require_equal(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tolerance: float, **options: Any) -> None:
+def train_both_ways(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, **options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and states after two steps by kernels, and by the references."""
+    ways = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "usable_on", lambda device: False)
-        expected = train(shapes, dtype, **options)
-        patch.setattr(kernels, "usable_on", lambda device: True)
-        found = train(shapes, dtype, **options)
-    for ours, theirs in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        for fused in (True, False):
+            patch.setattr(kernels, "usable_on", lambda device, fused=fused: fused)
+            weights, states = train(shapes, dtype, **options)
+            ways.append([*weights, *states])
+    return ways[0], ways[1]
+
+
+def require_equal(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tolerance: float, **options: Any) -> None:
+    for ours, theirs in zip(*train_both_ways(shapes, dtype, **options), strict=True):
         assert float((ours - theirs).norm()) <= tolerance * float(theirs.norm())
 
 
@@ -65,18 +73,17 @@ def require_equal(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tolera
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "int8", "nf4"])
 @pytest.mark.parametrize("block_size", [128, 50])
 def test_accumulate_and_apply(momentum_state: str, wire: str, block_size: int) -> None:
-    tolerance = EXACT if momentum_state == wire == "fp32" else ROUNDED
-    if momentum_state in LOW_RANK_CODECS:  # rounding turns subspaces a little, and the rest makes up for it
-        tolerance = 0.03
-    require_equal(
-        SHAPES,
-        torch.float32,
-        tolerance,
-        momentum_state=momentum_state,
-        wire=wire,
-        block_size=block_size,
-        nesterov=wire != "fp32",
-    )
+    options = {"wire": wire, "block_size": block_size, "nesterov": wire != "fp32"}
+    if momentum_state not in LOW_RANK_CODECS:
+        tolerance = EXACT if momentum_state == wire == "fp32" else ROUNDED
+        require_equal(SHAPES, torch.float32, tolerance, momentum_state=momentum_state, **options)
+        return
+    # Rounding turns subspaces a little, and the rest, in other codes, makes up for it: both are as near to what they
+    # store.
+    exact = [t for found in train(SHAPES, torch.float32, momentum_state="fp32", **options) for t in found]
+    by_kernels, by_references = train_both_ways(SHAPES, torch.float32, momentum_state=momentum_state, **options)
+    for ours, theirs, true in zip(by_kernels, by_references, exact, strict=True):
+        assert float((ours - true).norm()) <= 1.1 * float((theirs - true).norm()) + ROUNDED * float(true.norm())
 
 
 @pytest.mark.parametrize("adamw_state", ["fp32", "dynamic8"])
