@@ -107,8 +107,8 @@ def _parameter_from(entry: Mapping[str, Any]) -> SavedParameter:
         label: SavedState(
             state["codec"],
             state["block"],
-            tuple(map(_region_from, state["pieces"])),
-            _extent_from(state["extent"]),
+            tuple(map(region_from, state["pieces"])),
+            extent_from(state["extent"]),
             state["rank_fraction"],
         )
         for label, state in entry["states"].items()
@@ -116,13 +116,13 @@ def _parameter_from(entry: Mapping[str, Any]) -> SavedParameter:
     return SavedParameter(tuple(entry["shape"]), entry["algorithm"], entry["options"], states)
 
 
-def _extent_from(entry: Any) -> Extent | None:
+def extent_from(entry: Any) -> Extent | None:
     if entry is None:
         return None
     matrix, part, cuts, run = entry
     return Extent(tuple(matrix), tuple(part), tuple(cuts), run)
 
 
-def _region_from(entry: Any) -> Region:
+def region_from(entry: Any) -> Region:
     shape, offset, size, flat = entry
     return Region(tuple(shape), tuple(offset), tuple(size), flat)
