@@ -14,6 +14,7 @@ Times are medians over the repeats. State lies in host memory.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -92,6 +93,7 @@ def measure(optimizer: DistMuon, folder: Path, repeats: int) -> dict[str, dict[s
             if name in ("read", "load"):
                 drop_cached(saved)
             os.sync()
+            ctypes.CDLL(None).malloc_trim(0)  # what is free is not resident
             Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory is from now on
             before, started = _resident("VmRSS"), time.perf_counter()
             outcome = action(target)

@@ -65,7 +65,12 @@ class Contents:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Contents:
-        """Raises ValueError for a codec that this version does not have."""
+        """Raises ValueError for what is no optimizer's state, and for a codec that this version does not have."""
+        if "parameters" not in facts:
+            raise ValueError(
+                "this is a checkpoint of a run of muon-dist train, of which --resume takes all. Portable state is what "
+                "muon_dist.checkpoint.save_state writes"
+            )
         parameters = {name: _parameter_from(entry) for name, entry in facts["parameters"].items()}
         return cls(parameters, facts["options"], facts["world_size"], facts["versions"])
 
