@@ -28,7 +28,9 @@ from torch.optim.optimizer import ParamsT
 
 from muon_dist import checkpoint
 from muon_dist.agreement import require_none
-from muon_dist.binding import Binding, tensor_shards
+from muon_dist.binding import Binding, named, tensor_shards
+from muon_dist.checkpoint.pieces import pieces_of
+from muon_dist.integrations.deepspeed_files import DESCRIPTION, StoredPiece, describe
 from muon_dist.integrations.zero import Buffer, Partition, partitions, stage_of
 from muon_dist.optimizer import Connections, DistMuon
 from muon_dist.shards import Shard
@@ -93,6 +95,17 @@ class DistOrthogonal(DistMuon):
         if first and self._is_called_by_a_constructor():
             return None
         return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As DistMuon's, and what :mod:`muon_dist.integrations.deepspeed_files` has to know of it."""
+        state = super().state_dict()
+        binding = self._bind()
+        places = {id(self.state[p]): place for place, (_, p, _) in enumerate(named(self.param_groups))}
+        pieces = [
+            StoredPiece(piece, places[id(shard.state)], stored.entries if piece.region.numel else {})
+            for piece, (shard, stored) in zip(pieces_of(binding), binding.stored(), strict=True)
+        ]
+        return {**state, DESCRIPTION: describe(pieces, self.options)}
 
     def _is_called_by_a_constructor(self) -> bool:
         """FP16_UnfusedOptimizer (stage 0 in low precision) makes a step with zero gradients to have state created; it

@@ -58,12 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     inspect_parser.set_defaults(run=inspect)
     convert_parser = commands.add_parser(
         "convert",
-        help="turn a portable checkpoint into a file of torch.optim.Muon's and AdamW's state, or back",
-        description="A folder is a portable checkpoint; a file holds the state_dict of a torch.optim.Muon and a "
-        'torch.optim.AdamW, as torch.save({"muon": ..., "adamw": ...}) writes them.',
+        help="turn a portable checkpoint into a file of torch.optim.Muon's and AdamW's state, or back, or a checkpoint "
+        "of DeepSpeed's into a portable one",
+        description="A folder is a portable checkpoint, or one that DeepSpeed wrote; a file holds the state_dict of a "
+        'torch.optim.Muon and a torch.optim.AdamW, as torch.save({"muon": ..., "adamw": ...}) writes them.',
     )
-    convert_parser.add_argument("source", type=Path, help="a portable checkpoint, or a file")
-    convert_parser.add_argument("target", type=Path, help="the other, which must not exist yet")
+    convert_parser.add_argument("source", type=Path, help="a portable checkpoint, a file, or what DeepSpeed wrote")
+    convert_parser.add_argument(
+        "target", type=Path, help="a file, or else a portable checkpoint; it must not exist yet"
+    )
     convert_parser.set_defaults(run=convert)
     options = vars(parser.parse_args(arguments))
     del options["local_rank"]
@@ -101,10 +104,12 @@ def inspect(options: dict[str, Any]) -> int:
 
 def convert(options: dict[str, Any]) -> int:
     from muon_dist.checkpoint.convert import from_torch, to_torch
+    from muon_dist.integrations.deepspeed_files import is_deepspeed, to_portable
 
     source: Path = options["source"]
+    convert_to = from_torch if not source.is_dir() else to_portable if is_deepspeed(source) else to_torch
     try:
-        (to_torch if source.is_dir() else from_torch)(source, options["target"])
+        convert_to(source, options["target"])
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from None
     return 0

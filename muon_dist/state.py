@@ -105,9 +105,14 @@ class StoredTensor:
                 part = torch.zeros(spec.shape, dtype=spec.dtype, device=layout.device)
                 state[self._entry(buffer)] = wrap_local(part, whole[buffer].shape, layout.mesh, layout.placements)
 
+    @property
+    def entries(self) -> dict[str, str]:
+        """Their names in the parameter's state, by the codec's."""
+        return {buffer: self._entry(buffer) for buffer in self.codec.buffers(self.layout.local_shape)}
+
     def buffers(self, state: MutableMapping[str, Any]) -> dict[str, Tensor]:
         """This rank's buffers, by the codec's names."""
-        return {buffer: local(state[self._entry(buffer)]) for buffer in self.codec.buffers(self.layout.local_shape)}
+        return {buffer: local(state[entry]) for buffer, entry in self.entries.items()}
 
     def piece(self, state: MutableMapping[str, Any], box: Box) -> tuple[Codec, dict[str, Tensor]]:
         """Codec and buffers of a matrix's piece, which is all that this rank has at ``box`` of the tables."""

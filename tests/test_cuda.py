@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon_dist import DistMuon
+from muon_dist.checkpoint import async_save, load_state
 from muon_dist.options import PolarForm
 from muon_dist.polar import polar_factor, schedule
 
@@ -152,6 +153,25 @@ def test_grad_scaler_finds_its_scale_in_fp16_and_overflows_leave_no_trace() -> N
         assert overflowed == all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert 0 < skipped < 40
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_save_in_the_background_has_the_state_of_its_moment(tmp_path: Path) -> None:
+    parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
+    optimizer = DistMuon(list(parameters.items()), adamw_state="dynamic8")
+
+    def state_after_a_step(seed: int) -> list[Tensor]:
+        for name, gradient in values(seed).items():
+            parameters[name].grad = gradient
+        optimizer.step()
+        return [t.clone() for entries in optimizer.state.values() for t in entries.values()]
+
+    before = state_after_a_step(1)
+    saving = async_save(optimizer, tmp_path / "state")
+    assert not all(torch.equal(a, b) for a, b in zip(state_after_a_step(2), before, strict=True))
+    saving.result()
+    load_state(optimizer, tmp_path / "state")
+    loaded = [t for entries in optimizer.state.values() for t in entries.values()]
+    assert all(torch.equal(a, b) for a, b in zip(loaded, before, strict=True))
 
 
 def test_the_memory_of_a_step_does_not_grow_with_the_model() -> None:

@@ -67,7 +67,12 @@ class Contents:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Contents:
-        """Raises ValueError for a codec that this version does not have."""
+        """Raises ValueError for what is no optimizer's state, and for a codec that this version does not have."""
+        if "parameters" not in facts:
+            raise ValueError(
+                "this is a checkpoint of a run of muon-dist train, of which --resume takes all. Portable state is what "
+                "muon_dist.checkpoint.save_state writes"
+            )
         parameters = {name: _parameter_from(entry) for name, entry in facts["parameters"].items()}
         return cls(parameters, facts["options"], facts["world_size"], facts["versions"])
 
@@ -102,8 +107,8 @@ def _parameter_from(entry: Mapping[str, Any]) -> SavedParameter:
         label: SavedState(
             state["codec"],
             state["block"],
-            tuple(map(_region_from, state["pieces"])),
-            _extent_from(state["extent"]),
+            tuple(map(region_from, state["pieces"])),
+            extent_from(state["extent"]),
             state["rank_fraction"],
             tuple(state.get("splits", ())),  # older checkpoints have one matrix a parameter
         )
@@ -112,13 +117,13 @@ def _parameter_from(entry: Mapping[str, Any]) -> SavedParameter:
     return SavedParameter(tuple(entry["shape"]), entry["algorithm"], entry["options"], states)
 
 
-def _extent_from(entry: Any) -> Extent | None:
+def extent_from(entry: Any) -> Extent | None:
     if entry is None:
         return None
     matrix, part, cuts, run = entry
     return Extent(tuple(matrix), tuple(part), tuple(cuts), run)
 
 
-def _region_from(entry: Any) -> Region:
+def region_from(entry: Any) -> Region:
     shape, offset, size, flat = entry
     return Region(tuple(shape), tuple(offset), tuple(size), flat)

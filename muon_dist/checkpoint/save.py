@@ -5,12 +5,10 @@ Either the caller waits, or a thread writes a copy of them while training goes o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -19,38 +17,13 @@ from torch import Tensor
 from muon_dist.agreement import gathered
 from muon_dist.binding import Binding
 from muon_dist.checkpoint.background import Background, on_host
-from muon_dist.checkpoint.contents import (
-    Contents,
-    SavedParameter,
-    SavedState,
-    group_to_json,
-    options_to_json,
-    tensor_key,
-    versions,
-)
+from muon_dist.checkpoint.contents import Contents, options_to_json, tensor_key, versions
+from muon_dist.checkpoint.pieces import Piece, merged, pieces_of
 from muon_dist.checkpoint.seal import begin, finish
 from muon_dist.checkpoint.storage import write
-from muon_dist.layout import Extent
 from muon_dist.names import plain_name
 from muon_dist.optimizer import DistMuon
-from muon_dist.options import Algorithm
 from muon_dist.regions import Region
-
-
-class Piece(NamedTuple):
-    """One rank's part of one state."""
-
-    name: str
-    label: str
-    region: Region
-    codec: str
-    block: int
-    extent: Extent | None
-    splits: tuple[int, ...]
-    shape: tuple[int, ...]  # of the parameter
-    algorithm: Algorithm
-    options: dict[str, Any]
-    ranks: tuple[int, ...]  # over which the parameter lies
 
 
 def save_state(optimizer: DistMuon, folder: str | Path) -> None:
@@ -93,8 +66,8 @@ _backgrounds: WeakKeyDictionary[DistMuon, Background] = WeakKeyDictionary()
 def _collect(optimizer: DistMuon) -> tuple[dict[str, Tensor], Contents]:
     """What this rank writes, and what all of them write. Collective."""
     group, binding = optimizer.process_group, optimizer.bound()
-    everyones = gathered(_pieces(binding), group)
-    parameters = _merge(everyones, optimizer.options.rank_fraction)
+    everyones = gathered(pieces_of(binding), group)
+    parameters = merged(everyones, optimizer.options.rank_fraction)
     contents = Contents(parameters, options_to_json(optimizer.options), len(everyones), versions())
     return _tensors(binding, _writers(everyones), 0 if group is None else group.rank()), contents
 
@@ -104,26 +77,6 @@ def _write(
 ) -> None:
     write(tensors, aside, group)
     finish(aside, folder, contents.to_json(), group)
-
-
-def _pieces(binding: Binding) -> list[Piece]:
-    """What this rank has; empty parts too, so that the order of the parameters is known."""
-    return [
-        Piece(
-            plain_name(shard.name),
-            stored.label,
-            stored.layout.region,
-            stored.codec.name,
-            stored.layout.block,
-            None if stored.layout.region.flat else stored.layout.extent,
-            stored.layout.form.splits if stored.layout.form else (),
-            shard.shape,
-            shard.group["algorithm"],
-            group_to_json(shard.group),
-            shard.ranks,
-        )
-        for shard, stored in binding.stored()
-    ]
 
 
 def _writers(everyones: Sequence[Sequence[Piece]]) -> dict[tuple[str, str, Region], int]:
@@ -145,34 +98,3 @@ def _tensors(binding: Binding, writers: dict[tuple[str, str, Region], int], rank
         if region.numel and writers[name, stored.label, region] == rank
         for buffer, tensor in stored.buffers(shard.state).items()
     }
-
-
-def _merge(everyones: Sequence[Sequence[Piece]], rank_fraction: float | None) -> dict[str, SavedParameter]:
-    """The job's parameters from the pieces of all ranks.
-
-    Raises:
-        ValueError: pieces of one name that do not make one parameter.
-    """
-    found: dict[str, dict[str, list[Piece]]] = {}
-    for piece in (piece for pieces in everyones for piece in pieces):
-        found.setdefault(piece.name, {}).setdefault(piece.label, []).append(piece)
-    parameters = {}
-    for name, labels in found.items():
-        states = {label: _merge_state(name, pieces, rank_fraction) for label, pieces in labels.items()}
-        first = next(iter(labels.values()))[0]  # ranks have agreed on what is not the region: any piece speaks for all
-        parameters[name] = SavedParameter(first.shape, first.algorithm, first.options, states)
-    return parameters
-
-
-def _merge_state(name: str, pieces: Sequence[Piece], rank_fraction: float | None) -> SavedState:
-    """Raises ValueError unless the pieces are all of one tensor, each element once."""
-    first = pieces[0]
-    regions = sorted({piece.region for piece in pieces if piece.region.numel})
-    homes = sorted({piece.ranks for piece in pieces})
-    if len(homes) > 1 or sum(region.numel for region in regions) != math.prod(first.region.shape):
-        where = " and ".join(str(list(ranks)) for ranks in homes)
-        raise ValueError(
-            f"{name} is the name of several parameters, which lie on ranks {where}: experts, as a rule. A portable "
-            f"checkpoint needs a name for each; give the optimizer names that tell them apart"
-        )
-    return SavedState(first.codec, first.block, tuple(regions), first.extent, rank_fraction, first.splits)

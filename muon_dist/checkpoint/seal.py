@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ def finish(aside: Path, folder: Path, facts: dict[str, Any], group: dist.Process
     gathered(None, group)  # all have written
     paths = sorted(path for path in aside.rglob("*") if path.is_file())
     share = paths[_index(group) :: _size(group)]
-    for path in share:
-        _sync(path)
-    described = {path.relative_to(aside).as_posix(): _describe(path) for path in share}
+    with ThreadPoolExecutor(1) as disk:  # is busy with the files while they are hashed from memory
+        synced = disk.map(_sync, share)
+        described = {path.relative_to(aside).as_posix(): _describe(path) for path in share}
+        list(synced)  # raises what went wrong
     files = {name: entry for part in gathered(described, group) for name, entry in part.items()}
     if _index(group) == 0:
         body = {"format": "muon_dist", "version": FORMAT_VERSION, "files": files, "facts": facts}

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Muon
 
 from muon_dist.checkpoint import load_state, save_state
+from muon_dist.checkpoint.seal import begin, finish
 from muon_dist.launch.cli import main
 from tests.checkpoint.test_portable import make, momenta, network, trained
 
@@ -75,6 +76,7 @@ def test_inspect_prints_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         ("inspect nowhere", "manifest.json: No such file or directory: no checkpoint"),
+        ("inspect run", "this is a checkpoint of a run of muon-dist train"),
         ("convert nowhere there", "No such file or directory: 'nowhere'"),
         ("convert garbage there", "garbage cannot be read as a file of torch.save"),
         ("convert unnamed.pt there", "the parameters of 'muon' have no names"),
@@ -86,6 +88,7 @@ def test_what_cannot_be_read_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("garbage").write_bytes(b"garbage")
+    finish(begin(Path("run"), None), Path("run"), {"step": 1}, None)
     optimizers = {name: optimizer.state_dict() for name, optimizer in torch_optimizers(network()).items()}
     torch.save({"muon": optimizers["muon"]}, "half.pt")
     for group in optimizers["muon"]["param_groups"]:
