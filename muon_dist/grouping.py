@@ -46,6 +46,8 @@ _EMBEDDING_MODULES = frozenset(
 _HEAD_MODULES = frozenset(["lm_head", "embed_out", "output_layer", "unembed", "head", "classifier", "score"])
 # Names that mean the same only at the top of a model: torchtitan's output head, T5's embedding.
 _TOP_HEADS = frozenset({"output.weight", "model.output.weight"})
+# What parameters are marked with when they are flattened together.
+_FLATTENED = ("_fsdp_flattened", "_is_flat_param")
 _TOP_EMBEDDINGS = frozenset({"shared.weight", "model.shared.weight"})
 
 
@@ -95,8 +97,25 @@ class Grouping(list[Assignment]):
 
 
 def shape_as_is(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor that is all of the parameter, or a DTensor."""
+    """The shape of a tensor that is all of the parameter, or a DTensor.
+
+    Raises:
+        ValueError: it is a part of one, or several.
+    """
+    if any(getattr(parameter, mark, False) for mark in _FLATTENED):
+        raise ValueError(
+            "an engine has flattened it, so matrices are not seen as such; make the optimizer with the class that "
+            "muon_dist.integrations has for this engine"
+        )
     return tuple(parameter.shape)
+
+
+def shape_of(name: str, parameter: Tensor, whole_shape: WholeShape) -> tuple[int, ...]:
+    """The shape of the whole; raises ValueError by name."""
+    try:
+        return whole_shape(parameter)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def assign(
@@ -122,7 +141,7 @@ def assign(
     for position, (name, parameter) in enumerate(named_parameters):
         pattern = next((p for p in overrides or {} if name is not None and matches(name, p)), None)
         shown = name if name is not None else f"parameter {position}"
-        shape = whole_shape(parameter)
+        shape = shape_of(shown, parameter, whole_shape)
         if overrides and pattern is not None:
             algorithm, reason = overrides[pattern], f"matches the override {pattern!r}"
         else:
