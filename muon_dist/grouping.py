@@ -28,6 +28,7 @@ _EMBEDDING_MODULES = frozenset(
         "embedding",
         "embeddings",
         "embed_tokens",
+        "embed_in",
         "tok_embeddings",
         "token_embedding",
         "word_embeddings",
