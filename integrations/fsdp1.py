@@ -26,7 +26,7 @@ from torch.optim.optimizer import ParamsT
 
 from muon_dist.binding import named, tensor_shards
 from muon_dist.optimizer import DistMuon
-from muon_dist.shards import FlatShard, Shard
+from muon_dist.shards import FlatShard, Shard, TensorShard
 from muon_dist.state import FIRST_MOMENT, MOMENTUM, SECOND_MOMENT, STEP_COUNT
 
 
@@ -70,7 +70,7 @@ class FlatDistMuon(DistMuon):
         super().__init__(model.named_parameters() if params is None else params, **options)
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's, decoded: every state is fp32, a vector of the parameter's size.
+        """As any optimizer's, decoded: every state is fp32, of the shape of what FSDP1 leaves in the parameter.
 
         FSDP1 wants the same states of all parameters that it flattened together: zeros stand for those of the
         algorithm that a parameter does not go to.
@@ -80,7 +80,7 @@ class FlatDistMuon(DistMuon):
         found["state"] = {
             keys[id(p)]: {
                 STEP_COUNT: torch.zeros((), device=p.device),
-                **{label: torch.zeros(p.numel(), device=p.device) for label in (MOMENTUM, FIRST_MOMENT, SECOND_MOMENT)},
+                **{label: torch.zeros(p.shape, device=p.device) for label in (MOMENTUM, FIRST_MOMENT, SECOND_MOMENT)},
             }
             for _, p, _ in named(self.param_groups)
             if p.requires_grad and p.numel()
@@ -115,7 +115,7 @@ class FlatDistMuon(DistMuon):
         for shard, stored in self._bind().stored():
             values = loaded.get((shard.name, stored.label))
             if values is not None:
-                values = values.to(stored.layout.device, torch.float32).view(stored.layout.local_shape)
+                values = values.to(stored.layout.device, torch.float32).reshape(stored.layout.local_shape)
                 stored.encode(values, stored.buffers(shard.state))
             if stored.label == STEP_COUNT and isinstance(shard, RunShard):
                 counts.setdefault(self._places[shard.flat].group, []).append(stored.buffers(shard.state)[""])
@@ -175,11 +175,9 @@ def _places(model: nn.Module) -> Iterator[tuple[Tensor, Place]]:
                 starts.append(start)
             start += numel
         for p, shape, start in zip(flat._params, flat._shapes, starts, strict=True):
-            runs = tuple(_run(shape.numel(), rank * length - start, length) for rank in range(handle.world_size))
-            yield (
-                p,
-                Place(tuple(shape), runs if handle.uses_sharded_strategy else (), handle.process_group, handle.device),
-            )
+            ranks = range(handle.world_size) if handle.uses_sharded_strategy else ()
+            runs = tuple(_run(shape.numel(), rank * length - start, length) for rank in ranks)
+            yield p, Place(tuple(shape), runs, handle.process_group, handle.device)
 
 
 def _run(numel: int, start: int, length: int) -> tuple[int, int]:
@@ -196,4 +194,7 @@ def _keys(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[int,
 
 def _parameter(shard: Shard) -> Tensor:
     """The one that a shard was made of."""
-    return shard.flat if isinstance(shard, FlatShard) else shard.parameter  # type: ignore[attr-defined]
+    if isinstance(shard, TensorShard):
+        return shard.parameter
+    assert isinstance(shard, RunShard)
+    return shard.flat

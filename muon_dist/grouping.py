@@ -15,7 +15,7 @@ from typing import TypeAlias, get_args
 
 from torch import Tensor
 
-from muon_dist.forms import Form, Forms, is_stack
+from muon_dist.forms import Form, Forms, is_expert, is_stack
 from muon_dist.names import matches, plain_name
 from muon_dist.options import Algorithm
 
@@ -169,7 +169,7 @@ def _rule(name: str | None, shape: Sequence[int]) -> tuple[Algorithm, str]:
     if len(shape) == 2:
         return "muon", "a hidden matrix"
     if is_stack(name, shape):
-        if "expert" in name:
+        if is_expert(name):
             return "muon", "a stack of experts, by its name"
         return "adamw", "3-D, and not named as experts or a convolution"
     if shape[1] == 1:

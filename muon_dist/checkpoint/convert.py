@@ -37,7 +37,8 @@ def to_torch(folder: Path, file: Path) -> None:
     """Writes the state of a portable checkpoint as torch's optimizers keep it.
 
     Raises:
-        ValueError: the checkpoint is damaged, or Muon's part has stacks or convolutions, which torch's Muon does not take.
+        ValueError: the checkpoint is damaged, or has momenta of stacks or convolutions, which torch's Muon does not
+            take.
         FileExistsError: ``file`` exists.
     """
     contents = Contents.from_json(verify(folder, None))
