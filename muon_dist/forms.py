@@ -166,7 +166,12 @@ class Forms:
 
 def is_stack(name: str, shape: Sequence[int]) -> bool:
     """Whether a parameter of more than two dimensions is a stack of matrices: else it is a convolution."""
-    return len(shape) == 3 and "conv" not in name.lower()
+    return len(shape) == 3 and (is_expert(name) or "conv" not in name.lower())
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is one of experts, by its name."""
+    return "expert" in name.lower()
 
 
 def flat_geometries(form: Form, runs: Sequence[tuple[int, int]]) -> tuple[Geometry, ...]:

@@ -15,7 +15,7 @@ from typing import TypeAlias, get_args
 
 from torch import Tensor
 
-from muon_dist.forms import Form, Forms, is_stack
+from muon_dist.forms import Form, Forms, is_expert, is_stack
 from muon_dist.names import matches, plain_name
 from muon_dist.options import Algorithm
 
@@ -28,6 +28,7 @@ _EMBEDDING_MODULES = frozenset(
         "embedding",
         "embeddings",
         "embed_tokens",
+        "embed_in",
         "tok_embeddings",
         "token_embedding",
         "word_embeddings",
@@ -46,6 +47,8 @@ _EMBEDDING_MODULES = frozenset(
 _HEAD_MODULES = frozenset(["lm_head", "embed_out", "output_layer", "unembed", "head", "classifier", "score"])
 # Names that mean the same only at the top of a model: torchtitan's output head, T5's embedding.
 _TOP_HEADS = frozenset({"output.weight", "model.output.weight"})
+# What parameters are marked with when they are flattened together.
+_FLATTENED = ("_fsdp_flattened", "_is_flat_param")
 _TOP_EMBEDDINGS = frozenset({"shared.weight", "model.shared.weight"})
 
 
@@ -95,8 +98,25 @@ class Grouping(list[Assignment]):
 
 
 def shape_as_is(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor that is all of the parameter, or a DTensor."""
+    """The shape of a tensor that is all of the parameter, or a DTensor.
+
+    Raises:
+        ValueError: it is a part of one, or several.
+    """
+    if any(getattr(parameter, mark, False) for mark in _FLATTENED):
+        raise ValueError(
+            "an engine has flattened it, so matrices are not seen as such; make the optimizer with the class that "
+            "muon_dist.integrations has for this engine"
+        )
     return tuple(parameter.shape)
+
+
+def shape_of(name: str, parameter: Tensor, whole_shape: WholeShape) -> tuple[int, ...]:
+    """The shape of the whole; raises ValueError by name."""
+    try:
+        return whole_shape(parameter)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def assign(
@@ -122,7 +142,7 @@ def assign(
     for position, (name, parameter) in enumerate(named_parameters):
         pattern = next((p for p in overrides or {} if name is not None and matches(name, p)), None)
         shown = name if name is not None else f"parameter {position}"
-        shape = whole_shape(parameter)
+        shape = shape_of(shown, parameter, whole_shape)
         if overrides and pattern is not None:
             algorithm, reason = overrides[pattern], f"matches the override {pattern!r}"
         else:
@@ -149,7 +169,7 @@ def _rule(name: str | None, shape: Sequence[int]) -> tuple[Algorithm, str]:
     if len(shape) == 2:
         return "muon", "a hidden matrix"
     if is_stack(name, shape):
-        if "expert" in name:
+        if is_expert(name):
             return "muon", "a stack of experts, by its name"
         return "adamw", "3-D, and not named as experts or a convolution"
     if shape[1] == 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from muon_dist.forms import Forms
-from muon_dist.grouping import Assignment, Grouping, WholeShape, assign, shape_as_is
+from muon_dist.grouping import Assignment, Grouping, WholeShape, assign, shape_as_is, shape_of
 from muon_dist.options import Algorithm, UpdateScale, require_one_of
 
 # Options of a group, in the order of the constructor. All groups carry all of them, whatever their algorithm:
@@ -63,7 +63,7 @@ def resolve_group(
     else:
         require_one_of("algorithm", chosen, get_args(Algorithm))
         grouping = Grouping(
-            Assignment.of(_shown(n, i), p, whole_shape(p), chosen, "its group's choice", forms)
+            Assignment.of(_shown(n, i), p, shape_of(_shown(n, i), p, whole_shape), chosen, "its group's choice", forms)
             for i, (n, p) in enumerate(named)
         )
     extra = {k: v for k, v in group.items() if k not in (*GROUP_OPTIONS, *ADAMW_OPTIONS, "params", "param_names")}

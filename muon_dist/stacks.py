@@ -1,6 +1,6 @@
 """Momenta whose codec looks at whole pieces, taken several of one shape at a time: products of one do not fill a chip.
 
-This is the accumulate phase of low-rank codecs; ``MuonParameter.accumulate`` is that of row-wise ones.
+This is the accumulate phase of low-rank codecs; ``MuonMatrix.accumulate`` is that of row-wise ones.
 """
 
 from __future__ import annotations

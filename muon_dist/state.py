@@ -8,7 +8,7 @@ reshard it without knowing codecs. Where an engine keeps many parameters in one 
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ MOMENTUM, FIRST_MOMENT, SECOND_MOMENT, STEP_COUNT = "momentum_buffer", "exp_avg"
 
 # AdamW moments of parameters with fewer elements stay in fp32: they cost nothing, and norms and biases are sensitive.
 SMALLEST_QUANTISED = 4096
+
+# Codecs that are not row-wise start from where they are: it takes them some encodings to follow what is new.
+_SETTLING = 4
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,11 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes on this rank."""
         return nbytes(self.codec, self.layout.local_shape)
+
+    def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        """Stores fp32 values of ``layout.local_shape``, whatever ``buffers`` held before."""
+        for _ in range(1 if self.codec.row_wise else _SETTLING):
+            self.codec.encode(values, buffers)
 
     def decode(self, state: MutableMapping[str, Any]) -> Tensor:
         """This rank's part, fp32, of ``layout.local_shape``."""

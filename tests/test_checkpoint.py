@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,32 @@ from muon_dist.options import MomentumState
 from tests.ranks import run_ranks
 
 
+class Experts(nn.Module):
+    """All of them for every input, one after the other."""
+
+    def __init__(self, count: int, size: int, hidden: int) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(count, hidden, size) / size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.experts.unbind():
+            x = x + torch.relu(x @ weight.mT) @ weight
+        return x
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(40, 33), nn.LayerNorm(33), nn.Linear(33, 7), nn.Linear(7, 300))
+    layers: dict[str, nn.Module] = {
+        "0": nn.Linear(40, 33),
+        "1": nn.LayerNorm(33),
+        "2": nn.Unflatten(1, (3, 11)),
+        "conv": nn.Conv1d(3, 5, 3, padding=1),
+        "4": nn.Flatten(),
+        "5": nn.Linear(55, 7),
+        "6": Experts(5, 7, 12),
+        "7": nn.Linear(7, 300),
+    }
+    return nn.Sequential(OrderedDict(layers))
 
 
 def train(model: nn.Module, optimizer: DistMuon, steps: range) -> None:

@@ -207,7 +207,7 @@ def test_any_part_of_a_parameter_is_pieces_of_its_matrices(
 
 def test_what_matrices_a_parameter_has_is_told() -> None:
     shapes = {**SHAPES, "embeddings.patch_embeddings.projection.weight": (8, 3, 4, 4), "dw.weight": (8, 1, 3, 3)}
-    shapes |= {"cls_token": (1, 1, 8), "experts.gate_up_bias": (4, 8)}
+    shapes |= {"convnet.experts.up": (2, 4, 8), "cls_token": (1, 1, 8), "experts.gate_up_bias": (4, 8)}
     named = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
     optimizer = DistMuon(named, splits=SPLITS, transposed=["plain.*"])
     table = {line.split()[0]: " ".join(line.split()[2:]) for line in str(optimizer.grouping()).splitlines()[1:-2]}
@@ -219,6 +219,7 @@ def test_what_matrices_a_parameter_has_is_told() -> None:
         "conv.weight": "muon 10x36 a convolution",
         "conv1d.weight": "muon 12x12 a convolution",
         "plain.weight": "muon 20x12, transposed a hidden matrix",
+        "convnet.experts.up": "muon 2 of 4x8 a stack of experts, by its name",
         "embeddings.patch_embeddings.projection.weight": "adamw - an embedding, by its name",
         "dw.weight": "adamw - a depthwise convolution: a filter of its own for each channel",
         "cls_token": "adamw - 3-D, and not named as experts or a convolution",

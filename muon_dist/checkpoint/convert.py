@@ -37,10 +37,16 @@ def to_torch(folder: Path, file: Path) -> None:
     """Writes the state of a portable checkpoint as torch's optimizers keep it.
 
     Raises:
-        ValueError: the checkpoint is damaged.
+        ValueError: the checkpoint is damaged, or has momenta of stacks or convolutions, which torch's Muon does not
+            take.
         FileExistsError: ``file`` exists.
     """
     contents = Contents.from_json(verify(folder, None))
+    for name, saved in contents.parameters.items():
+        if saved.algorithm == "muon" and len(saved.shape) != 2:
+            raise ValueError(
+                f"{name} has shape {saved.shape}, and torch.optim.Muon takes matrices only: load {folder} into DistMuon"
+            )
     reader = TensorReader(folder)
     with file.open("xb") as target:
         torch.save({algorithm: _state_dict(contents, reader, algorithm) for algorithm in _STATES}, target)

@@ -27,8 +27,6 @@ from muon_dist.regions import Box, Region
 from muon_dist.state import StoredTensor
 
 _SHOWN = 10
-# Codecs that are not row-wise start from where they are: it takes them some encodings to follow what is new.
-_SETTLING = 4
 How = Literal["restored", "moved", "encoded"]  # from the best to the worst
 
 
@@ -155,8 +153,7 @@ def _load(saved: SavedTensor, ours: StoredTensor, buffers: Mapping[str, Tensor])
             _move_rows(saved.read(piece, ours.layout.device), piece, buffers, region)
         return Outcome("moved")
     values = saved.values(region, ours.layout.device)
-    for _ in range(1 if ours.codec.row_wise else _SETTLING):
-        ours.codec.encode(values, buffers)
+    ours.encode(values, buffers)
     error = ours.codec.decode(buffers, (1, *region.local_shape)[-1]) - values
     return Outcome("encoded", float(error.double().square().sum()), float(values.double().square().sum()))
 

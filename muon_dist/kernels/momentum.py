@@ -1,6 +1,6 @@
 """accumulate and apply, each in one pass: what a rank does to its piece of a matrix before and after the exchange.
 
-References: ``MuonParameter.accumulate`` and ``MuonParameter.apply`` in ``muon_dist/muon.py``. No autotuning: a kernel
+References: ``MuonMatrix.accumulate`` and ``MuonMatrix.apply`` in ``muon_dist/muon.py``. No autotuning: a kernel
 that updates in place must run once.
 """
 

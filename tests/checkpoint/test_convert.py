@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon
 
+from muon_dist import DistMuon
 from muon_dist.checkpoint import load_state, save_state
 from muon_dist.checkpoint.seal import begin, finish
 from muon_dist.launch.cli import main
@@ -61,6 +62,14 @@ def test_state_of_torchs_optimizers_is_loaded(tmp_path: Path) -> None:
         assert torch.equal(values, optimizers["muon"].state[p]["momentum_buffer"]), name
     assert [group["lr"] for group in loaded.param_groups] == [0.5, 0.25]
     assert load_state(make(network(), momentum_state="linear8"), tmp_path / "state").error < 0.02
+
+
+def test_stacks_are_not_for_torchs_muon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_state(DistMuon([("experts", nn.Parameter(torch.ones(3, 8, 8)))]), tmp_path / "state")
+    with pytest.raises(SystemExit):
+        main(["convert", str(tmp_path / "state"), str(tmp_path / "state.pt")])
+    assert "experts has shape (3, 8, 8), and torch.optim.Muon takes matrices only" in capsys.readouterr().err
+    assert not (tmp_path / "state.pt").exists()
 
 
 def test_inspect_prints_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

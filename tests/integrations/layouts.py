@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +27,8 @@ import tests.integrations.without_kernels  # noqa: F401
 from muon_dist import DistMuon, checkpoint
 from muon_dist.checkpoint import LoadReport
 from muon_dist.integrations import deepspeed as integration
+from muon_dist.integrations.fsdp1 import FlatDistMuon
+from muon_dist.names import plain_name
 
 # Layouts by name, and their ranks.
 LAYOUTS = {
@@ -38,6 +41,8 @@ LAYOUTS = {
     "ZeRO-2 x2": 2,
     "ZeRO-3 x2": 2,
 }
+# Those that are not moved from and to all others, which takes long.
+MORE_LAYOUTS = {"FSDP1 x2": 2, "FSDP1 x3": 3}
 SEQUENCES = 12  # a step, over all ranks
 
 
@@ -87,6 +92,14 @@ class Trainer:
                 model=model, model_parameters=model.parameters(), config=ds_config(int(layout[5]), options)
             )
             return cls(model, engine, engine.basic_optimizer)
+        if layout.startswith("FSDP1"):
+            wrapped = FullyShardedDataParallel(
+                model,
+                auto_wrap_policy=ModuleWrapPolicy({nn.Conv1d, nn.LayerNorm}),
+                use_orig_params=True,
+                device_id=torch.device("cpu"),
+            )
+            return cls(wrapped, wrapped, FlatDistMuon(wrapped, **options))
         module: nn.Module = model
         if "SDP2" in layout:
             fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -113,6 +126,9 @@ class Trainer:
                 self.optimizer.zero_grad()
 
     def weights(self) -> dict[str, Tensor]:
+        if isinstance(self.model, FullyShardedDataParallel):
+            with FullyShardedDataParallel.summon_full_params(self.model):
+                return {plain_name(name): p.detach().clone() for name, p in self.model.named_parameters()}
         return {name: _whole(p) for name, p in self.model.named_parameters()}
 
     def save(self, folder: Path) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,12 +66,37 @@ def shard(model: LlamaForCausalLM, mesh_shape: tuple[int, ...], **options: Any) 
     return model
 
 
+def tensor_parallel(model: LlamaForCausalLM, shards: int) -> nn.Module:
+    """Heads and hidden units over two ranks; under FSDP2 their rows are cut once more."""
+    mesh = init_device_mesh("cpu", (shards, 2), mesh_dim_names=("shard", "tp"))
+    for layer in model.model.layers:
+        columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        rows = ("self_attn.o_proj", "mlp.down_proj")
+        plan = {**dict.fromkeys(columns, ColwiseParallel()), **dict.fromkeys(rows, RowwiseParallel())}
+        parallelize_module(layer, mesh["tp"], plan)
+        if shards > 1:
+            fully_shard(layer, mesh=mesh["shard"])
+    if shards > 1:
+        fully_shard(model, mesh=mesh["shard"])
+    return model
+
+
+def compiled(model: LlamaForCausalLM) -> nn.Module:
+    """Every layer, before it is sharded, and with its activations computed anew in the backward pass."""
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(checkpoint_wrapper(layer), backend="eager")
+    return shard(model, (2,))
+
+
 ENGINES: dict[str, tuple[int, Callable[[LlamaForCausalLM], nn.Module]]] = {
     "fsdp2 x2": (2, lambda model: shard(model, (2,))),
     "fsdp2 x3": (3, lambda model: shard(model, (3,))),
     "fsdp2, cpu offload": (2, lambda model: shard(model, (2,), offload_policy=CPUOffloadPolicy(pin_memory=False))),
     "hsdp 2x2": (4, lambda model: shard(model, (2, 2))),
     "ddp x2": (2, DistributedDataParallel),
+    "tensor parallel x2": (2, lambda model: tensor_parallel(model, 1)),
+    "tensor parallel 2 x fsdp2 2": (4, lambda model: tensor_parallel(model, 2)),
+    "fsdp2, compiled, activation checkpointing": (2, compiled),
 }
 
 
@@ -87,7 +114,8 @@ def test_an_engine_trains_like_a_single_process(name: str, reference: list[Tenso
 
     def weights(rank: int) -> list[Tensor]:
         model = wrap(llama())
-        train(model, rank, ranks)
+        sharers = 2 if "tensor" in name else 1  # of a batch
+        train(model, rank // sharers, ranks // sharers)
         return whole_weights(model)
 
     for found in run_ranks(ranks, weights):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integrations.layouts import LAYOUTS, Trainer
+from tests.integrations.layouts import LAYOUTS, MORE_LAYOUTS, Trainer
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -31,7 +31,7 @@ def weights(layout: str, **changes: Any) -> dict[str, Tensor]:
         trainer.train(range(STEPS))
         return trainer.weights()
 
-    found: dict[str, Tensor] = run_ranks(LAYOUTS[layout], run)[0]
+    found: dict[str, Tensor] = run_ranks({**LAYOUTS, **MORE_LAYOUTS}[layout], run)[0]
     return found
 
 
@@ -40,7 +40,7 @@ def single() -> dict[str, Tensor]:
     return weights("single")
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
+@pytest.mark.parametrize("layout", [name for name in (*LAYOUTS, *MORE_LAYOUTS) if name != "single"])
 def test_matrices_in_parameters_train_as_in_a_single_process(layout: str, single: dict[str, Tensor]) -> None:
     start = Trainer.initial_weights()
     for name, ours in weights(layout).items():

@@ -86,6 +86,14 @@ def test_accumulate_and_apply(momentum_state: str, wire: str, block_size: int) -
         assert float((ours - true).norm()) <= 1.1 * float((theirs - true).norm()) + ROUNDED * float(true.norm())
 
 
+@pytest.mark.parametrize("momentum_state", ["linear8", "nf4", "lowrank4"])
+def test_pieces_of_parameters(momentum_state: str) -> None:
+    shapes = {"experts.up": (2, 12, 40), "conv.weight": (6, 4, 3, 3), "qkv.weight": (14, 48)}
+    splits = {} if momentum_state == "lowrank4" else {"experts.up": (5, 7), "qkv.weight": (8, 3, 3)}
+    tolerance = 0.03 if momentum_state == "lowrank4" else ROUNDED
+    require_equal(shapes, torch.float32, tolerance, momentum_state=momentum_state, wire="fp32", splits=splits)
+
+
 @pytest.mark.parametrize("adamw_state", ["fp32", "dynamic8"])
 @pytest.mark.parametrize("block_size", [128, 50])
 def test_adamw(adamw_state: str, block_size: int) -> None:
