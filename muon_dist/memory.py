@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Replicate, Shard
 
 from muon_dist.grouping import Assignment
-from muon_dist.options import Options
-from muon_dist.sharding import Home, local
-from muon_dist.state import moments_of, momentum_of, sharded_layout
+from muon_dist.options import Algorithm, Options
+from muon_dist.places import Place, Placed, row_shards
+from muon_dist.sharding import local
+from muon_dist.state import moments_of, momentum_of
 
-_STEP_BYTES = 4  # AdamW's count of steps, one a parameter
+_STEP_BYTES = 4  # AdamW's count of steps, one a parameter, on every rank
 
 
 def measured_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -38,19 +40,37 @@ def estimated_state_bytes(
         replicas: ranks that hold each shard; momentum is shared out among them, AdamW's moments are repeated.
         options: as the optimizer will be given; the defaults if None.
     """
-    options = options or Options()
-    ranks = range(replicas * shards)
-    where = tuple((rank // shards, rank % shards) for rank in ranks)
-    home = Home(tuple(ranks), (replicas, shards), where, (Replicate(), Shard(0)) if shards > 1 else (Replicate(),) * 2)
-    cpu = torch.device("cpu")
-    total = 0
-    for assignment in assignments:
-        shape = assignment.shape
-        # The first rank's part of every tensor is the largest: rows are cut as torch.chunk cuts them.
-        if assignment.algorithm == "muon":
-            layout = sharded_layout(shape, home, home.momentum_placements, 0, options.block_size, None, cpu)
-            total += momentum_of(layout, options).nbytes
-        else:
-            layout = sharded_layout(shape, home, home.placements, 0, options.block_size, None, cpu)
-            total += sum(moment.nbytes for moment in moments_of(shape, layout, options)) + _STEP_BYTES
+    place = row_shards(shards, replicas)
+    return max(state_bytes_by_rank([Placed(a, place) for a in assignments], shards * replicas, options or Options()))
+
+
+def state_bytes_by_rank(parameters: Iterable[Placed], ranks: int, options: Options) -> list[int]:
+    """Bytes of optimizer state on each of the ranks 0 to ``ranks - 1``."""
+    alike = Counter((a.algorithm, a.shape, place) for a, place in parameters)  # layers repeat
+    total = [0] * ranks
+    for (algorithm, shape, place), count in alike.items():
+        for rank, nbytes in enumerate(_of_one(algorithm, shape, place, ranks, options)):
+            total[rank] += count * nbytes
     return total
+
+
+def elements_by_rank(parameters: Iterable[Placed], ranks: int) -> list[int]:
+    """Elements of the parameters on each rank."""
+    alike = Counter((a.shape, place) for a, place in parameters)
+    total = [0] * ranks
+    for (shape, place), count in alike.items():
+        for rank, layout in place.moments_layouts(shape, 1):
+            total[rank] += count * math.prod(layout.local_shape)
+    return total
+
+
+def _of_one(algorithm: Algorithm, shape: tuple[int, ...], place: Place, ranks: int, options: Options) -> list[int]:
+    if algorithm == "muon":
+        found = [0] * ranks
+        for rank, layout in place.momentum_layouts(shape, options.block_size):
+            found[rank] = momentum_of(layout, options).nbytes
+        return found
+    found = [_STEP_BYTES] * ranks
+    for rank, layout in place.moments_layouts(shape, options.block_size):
+        found[rank] += sum(moment.nbytes for moment in moments_of(shape, layout, options))
+    return found

@@ -23,7 +23,7 @@ from muon_dist.exchange import Buffers, Exchange, PackedPiece, new_buffers
 from muon_dist.plan import Plan
 from muon_dist.wire import WireFormat
 
-_SLOTS = 2
+SLOTS = 2  # of buffers, used in turn
 
 
 class _Waitable(Protocol):
@@ -59,7 +59,7 @@ class Pipeline:
     def run(self, work: MatrixWork, meanwhile: Callable[[], None]) -> None:
         """One step of all matrices. ``meanwhile`` runs while the first chunk is on its way."""
         current = self._streams.current_stream(self._device)
-        slots = [new_buffers(self._exchanges, self._group, self._device) for _ in self._exchanges[:_SLOTS]]
+        slots = [new_buffers(self._exchanges, self._group, self._device) for _ in self._exchanges[:SLOTS]]
         self._side.wait_stream(current)
         arriving = self._gather(0, work, slots)
         meanwhile()
@@ -67,7 +67,7 @@ class Pipeline:
             arrived = arriving
             if k + 1 < len(self._exchanges):
                 arriving = self._gather(k + 1, work, slots)
-            buffers = slots[k % _SLOTS]
+            buffers = slots[k % SLOTS]
             arrived.wait()
             with record_function("muon_dist.polar"):
                 exchange.replace_owned(work.polar, buffers)
@@ -79,7 +79,7 @@ class Pipeline:
 
     def _gather(self, k: int, work: MatrixWork, slots: list[Buffers]) -> _Waitable:
         """Accumulates and sends off chunk ``k``, on the side stream, behind the apply that last used its slot."""
-        buffers = slots[k % _SLOTS]
+        buffers = slots[k % SLOTS]
         with self._streams.stream(self._side), record_function("muon_dist.accumulate"):
             self._exchanges[k].pack_held(work.accumulate, buffers)
             return self._departed(self._exchanges[k].gather(buffers))
