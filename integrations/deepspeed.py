@@ -155,6 +155,12 @@ def load_state(engine: deepspeed.DeepSpeedEngine, folder: str | Path, *, strict:
         return checkpoint.load_state(optimizer, folder, strict=strict)
 
 
+def describe(engine: deepspeed.DeepSpeedEngine) -> str:
+    """:meth:`muon_dist.DistMuon.describe` of an engine's optimizer."""
+    with _all_in_groups(engine) as optimizer:
+        return optimizer.describe()
+
+
 @contextmanager
 def _all_in_groups(engine: deepspeed.DeepSpeedEngine) -> Iterator[DistOrthogonal]:
     """The optimizer with all buffers in its groups; between steps ZeRO-3 keeps none there."""

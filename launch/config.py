@@ -60,6 +60,8 @@ class TrainConfig:
     seed: Annotated[int, "of the initial weights and of the order of the data"] = 0
 
     log_every: Annotated[int, "steps between training records"] = 10
+    statistics_every: Annotated[int, "steps between records of dist_muon's statistics; 0: none"] = 0
+    wandb: Annotated[str, "W&B project that records go to as well; a resumed run is a new one there"] = ""
     eval_every: Annotated[int, "steps between evaluations; the last step is always evaluated"] = 50
     eval_sequences: Annotated[int, "held-out sequences of an evaluation, the same ones every time"] = 256
     checkpoint_every: Annotated[int, "steps between checkpoints; 0: only the last step is saved"] = 0

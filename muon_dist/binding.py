@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from muon_dist.adamw import AdamWParameter
 from muon_dist.muon import MuonParameter
@@ -39,8 +40,9 @@ class Binding:
 
     def update_adamw(self) -> None:
         """The AdamW part of a step. Local."""
-        for p in self.adamw:
-            p.update()
+        with record_function("muon_dist.adamw"):
+            for p in self.adamw:
+                p.update()
 
     def stored(self) -> Iterator[tuple[Shard, StoredTensor]]:
         """All state of this rank, with the parameter that each is of."""

@@ -112,13 +112,13 @@ class MuonParameter:
         part = self.shard.weight()[rect.relative_to(self.shard.rect).slices]
         if batch is not None and part.device == packed.device:
             update = wire.back.for_kernels(packed, *part.shape)
-            if kernels.fit(part.shape, update) and batch.take(part, update, *self._factors):
+            if kernels.fit(part.shape, update) and batch.take(part, update, *self.factors):
                 return
         with on_device({"weight": part}, packed.device) as here:
             self._apply(here["weight"], wire, packed)
 
     def _apply(self, weight: Tensor, wire: WireFormat, packed: Tensor) -> None:
-        decay, factor = self._factors
+        decay, factor = self.factors
         if kernels.usable_on(weight.device):
             encoded = wire.back.for_kernels(packed, *weight.shape)
             if kernels.fit(weight.shape, encoded) and weight.stride(1) == 1:
@@ -136,7 +136,7 @@ class MuonParameter:
         return self.shard.group["momentum"], self.shard.group["nesterov"]
 
     @property
-    def _factors(self) -> tuple[float, float]:
+    def factors(self) -> tuple[float, float]:
         """Of the weight, and of the update that is added."""
         group, (rows, cols) = self.shard.group, self.shard.shape
         lr = float(group["lr"])

@@ -25,6 +25,7 @@ from torch.optim.optimizer import ParamsT
 
 from muon_dist.agreement import nonfinite_gradients, require_same
 from muon_dist.binding import Binding, Signature, bind, named, signature, tensor_shards
+from muon_dist.describe import describe
 from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
 from muon_dist.muon import MuonWork
@@ -47,6 +48,7 @@ from muon_dist.polar import schedule
 from muon_dist.sharding import local
 from muon_dist.shards import Shard
 from muon_dist.state_dict import require_matching, require_same_members
+from muon_dist.statistics import Observer
 from muon_dist.wire import wire_format
 
 
@@ -142,6 +144,7 @@ class DistMuon(torch.optim.Optimizer):
         self._overrides = overrides
         self._process_group = process_group
         self._grouping = Grouping()
+        self.observer = Observer()  # statistics of the steps that are made while it is observing
         self.skipped_steps = 0  # because of NaN or infinite gradients, of this process
         muon = {
             "lr": lr,
@@ -182,6 +185,13 @@ class DistMuon(torch.optim.Optimizer):
         """Which parameter goes where, and why; ``print`` it for a table."""
         return self._grouping
 
+    def describe(self) -> str:
+        """Groups, codecs, layouts and plans as a readable text, with bytes of this rank. Collective."""
+        binding = self.bound()
+        domains = (ranks for ranks, parameters in binding.domains().items() if parameters)
+        plans = (pipeline.plan for pipeline, _ in self._connect(binding))
+        return describe(self.param_groups, binding, self._options, list(zip(domains, plans, strict=True)))
+
     @property
     def options(self) -> Options:
         """What holds for all groups."""
@@ -205,10 +215,10 @@ class DistMuon(torch.optim.Optimizer):
             shard.require_gradient_fits()
         if self._options.nonfinite != "propagate" and self._is_to_be_skipped(binding):
             return loss
-        with _current(binding.device):
+        with _current(binding.device), self.observer.step(binding.device) as watch:
             # AdamW's update needs no exchange: it fills the time while the first chunk travels.
             for i, (pipeline, work) in enumerate(pipelines):
-                pipeline.run(work, meanwhile=binding.update_adamw if i == 0 else _nothing)
+                pipeline.run(watch(work, pipeline.group), meanwhile=binding.update_adamw if i == 0 else _nothing)
             if not pipelines:
                 binding.update_adamw()
         return loss

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from muon_dist.forecast import forecast
 from muon_dist.grouping import assign
 from muon_dist.integrations import zero_runs
+from muon_dist.integrations.deepspeed import describe
 from muon_dist.integrations.zero_runs import calls_of_stage
 from muon_dist.launch.peers import deepspeed_muon
 from muon_dist.memory import measured_state_bytes
@@ -56,7 +57,13 @@ def test_runs_and_state_are_those_of_deepspeed(stage: int, monkeypatch: pytest.M
 
         setattr(trainer.optimizer, "_bind", watched_bind)  # noqa: B010
         setattr(dist, "all_to_all_single", watched)  # noqa: B010
+        trainer.optimizer.observer.observing = True
         trainer.train(range(1))
+        seen = {name: float(value) for name, value in trainer.optimizer.observer.latest.items()}
+        assert seen["update_rms"] > 0
+        assert 0 < seen["quantisation_error"] < 0.02
+        text = describe(trainer.module)
+        assert ("in 2 runs" if stage == 3 else "whole") in text
         return measured_state_bytes(trainer.optimizer), runs, sent
 
     measured = run_ranks(ranks, observe)
