@@ -162,18 +162,22 @@ def step(found: Forecast) -> str:
     if not found.plans:
         return "no matrices: nothing travels"
     mean = sum(found.flops) / len(found.flops)
-    unit, name = _unit(max(found.sent))
-    buffers, polar = (f"{max(each) / 2**20:,.0f} MiB" for each in (found.buffers, found.polar))
+    chunks = sum(len(plan.chunks) for plan in found.plans)
+    sent, buffers, polar = (_shown(max(each)) for each in (found.sent, found.buffers, found.polar))
     return (
         f"a step of DistMuon: {max(found.flops) / 1e12:.3g} TFLOP of polar factors on the busiest rank, "
         f"{max(found.flops) / mean:.2f} times the mean;\n"
-        f"{max(found.sent) / unit:.2f} {name} sent by the rank that sends most, in "
-        f"{sum(len(plan.chunks) for plan in found.plans)} chunks; buffers {buffers}, polar factors {polar}"
+        f"{sent} sent by the rank that sends most; buffers {buffers}, polar factors {polar}; chunks: {chunks}"
     )
 
 
 def _unit(largest: int) -> tuple[int, str]:
-    return (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+    return next((unit for unit in ((2**30, "GiB"), (2**20, "MiB")) if largest >= unit[0]), (2**10, "KiB"))
+
+
+def _shown(nbytes: int) -> str:
+    unit, name = _unit(nbytes)
+    return f"{nbytes / unit:.2f} {name}"
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:

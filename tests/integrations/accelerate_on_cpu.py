@@ -21,4 +21,4 @@ def _init_as_on_gpus(self: AcceleratorState, *arguments: Any, **options: Any) ->
     _init(self, *arguments, **options)
 
 
-AcceleratorState.__init__ = _init_as_on_gpus  # type: ignore[method-assign]
+AcceleratorState.__init__ = _init_as_on_gpus
