@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from muon_dist.integrations.zero_runs import calls_of_stage
 from muon_dist.launch.config import EstimateConfig, UsageError
 from muon_dist.launch.peers import Calls, adamw, adamw8bit, deepspeed_muon, fp32_muon
 from muon_dist.launch.shapes import read_shapes
-from muon_dist.memory import elements_by_rank
+from muon_dist.memory import parts
 from muon_dist.options import Options
 from muon_dist.places import Placed, row_shards
 
@@ -49,20 +50,27 @@ class Job:
     stage: int | None
     dtype: str
 
-    def held(self, whole: bool) -> list[int]:
-        """Elements of all parameters on each rank, or of the rank's own shards."""
-        flat = [placed for call in self.calls for placed in call]
-        shards = elements_by_rank(flat, self.ranks)
-        return [sum(a.parameter.numel() for a, _ in flat)] * self.ranks if whole else shards
+    @cached_property
+    def shards(self) -> list[int]:
+        """Elements of each rank's own parts."""
+        found = [0] * self.ranks
+        for part in parts(placed for call in self.calls for placed in call):
+            found[part.rank] += part.alike * part.elements
+        return found
+
+    @property
+    def whole(self) -> list[int]:
+        """Elements of all parameters, for each rank."""
+        return [sum(a.parameter.numel() for call in self.calls for a, _ in call)] * self.ranks
 
     def parameters(self) -> list[int]:
         """Bytes: what the model computes with, and the fp32 values that ZeRO updates where these are others."""
-        weights = [BYTES[self.dtype] * n for n in self.held(whole=self.stage is not None and self.stage < 3)]
-        copied = self.stage in (1, 2) or (self.stage is not None and self.dtype != "fp32")
-        return [a + 4 * n * copied for a, n in zip(weights, self.held(whole=False), strict=True)]
+        held = self.whole if self.stage in (0, 1, 2) else self.shards
+        is_copied = self.stage in (1, 2) or (self.stage is not None and self.dtype != "fp32")
+        return [BYTES[self.dtype] * n + 4 * part * is_copied for n, part in zip(held, self.shards, strict=True)]
 
     def gradients(self) -> list[int]:
-        return [BYTES[self.dtype] * n for n in self.held(whole=self.stage in (0, 1))]
+        return [BYTES[self.dtype] * n for n in (self.whole if self.stage in (0, 1) else self.shards)]
 
     def row(self, name: str, state: Sequence[int], workspace: Sequence[int] | None = None) -> Row:
         parts = [self.parameters(), self.gradients(), state, workspace or [0] * self.ranks]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from muon_dist.grouping import Assignment
-from muon_dist.memory import state_bytes_by_rank
+from muon_dist.memory import Part, parts, state_bytes_by_rank
 from muon_dist.options import Options
 from muon_dist.places import Placed
 
@@ -29,8 +29,10 @@ def adamw(calls: Calls, ranks: int) -> list[int]:
 def adamw8bit(calls: Calls, ranks: int) -> list[int]:
     """bitsandbytes' AdamW8bit."""
     found = [0] * ranks
-    for _, rank, n in _parts(calls):
-        found[rank] += 8 * n if n < _BNB_SMALLEST else 2 * (n + 4 * math.ceil(n / _BNB_BLOCK))
+    for part in _parts(calls):
+        n = part.elements
+        one = 8 * n if n < _BNB_SMALLEST else 2 * (n + 4 * math.ceil(n / _BNB_BLOCK))
+        found[part.rank] += part.alike * one
     return found
 
 
@@ -38,8 +40,8 @@ def fp32_muon(calls: Calls, ranks: int) -> list[int]:
     """Muon with its momentum in fp32 where the parameter lies, AdamW for the rest: torch.optim.Muon on fp32 gradients,
     or any Muon that shards its state as FSDP does."""
     found = _others(calls, ranks)
-    for a, rank, n in _parts(calls):
-        found[rank] += 4 * n * (a.algorithm == "muon")
+    for part in _parts(calls):
+        found[part.rank] += 4 * part.alike * part.elements * (part.algorithm == "muon")
     return found
 
 
@@ -52,10 +54,11 @@ def deepspeed_muon(calls: Calls, ranks: int, stage: int, gradient_bytes: int) ->
         gradient_bytes: of an element.
     """
     found = _others(calls, ranks)
-    for a, rank, n in _parts(calls):
-        if a.algorithm == "muon":
-            whole = 2 * gradient_bytes * a.parameter.numel() if n else 0
-            found[rank] += {0: 4 * n, 3: gradient_bytes * n}.get(stage, whole)
+    for part in _parts(calls):
+        if part.algorithm == "muon":
+            n = part.elements
+            whole = 2 * gradient_bytes * math.prod(part.shape) if n else 0
+            found[part.rank] += part.alike * {0: 4 * n, 3: gradient_bytes * n}.get(stage, whole)
     return found
 
 
@@ -65,12 +68,8 @@ def _others(calls: Calls, ranks: int) -> list[int]:
     return state_bytes_by_rank(others, ranks, Options())
 
 
-def _parts(calls: Calls) -> Iterator[tuple[Assignment, int, int]]:
-    """Every parameter, with the ranks that have a part of it, and the elements of that."""
-    for call in calls:
-        for assignment, place in call:
-            for rank, layout in place.moments_layouts(assignment.shape, 1):
-                yield assignment, rank, math.prod(layout.local_shape)
+def _parts(calls: Calls) -> Iterator[Part]:
+    return parts(placed for call in calls for placed in call)
 
 
 def _with_adamw(assignment: Assignment) -> Assignment:

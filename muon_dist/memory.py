@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,22 +47,33 @@ def estimated_state_bytes(
 
 def state_bytes_by_rank(parameters: Iterable[Placed], ranks: int, options: Options) -> list[int]:
     """Bytes of optimizer state on each of the ranks 0 to ``ranks - 1``."""
-    alike = Counter((a.algorithm, a.shape, place) for a, place in parameters)  # layers repeat
     total = [0] * ranks
-    for (algorithm, shape, place), count in alike.items():
+    for (algorithm, shape, place), count in _alike(parameters).items():
         for rank, nbytes in enumerate(_of_one(algorithm, shape, place, ranks, options)):
             total[rank] += count * nbytes
     return total
 
 
-def elements_by_rank(parameters: Iterable[Placed], ranks: int) -> list[int]:
-    """Elements of the parameters on each rank."""
-    alike = Counter((a.shape, place) for a, place in parameters)
-    total = [0] * ranks
-    for (shape, place), count in alike.items():
+class Part(NamedTuple):
+    """What one rank has of each of ``alike`` parameters."""
+
+    algorithm: Algorithm
+    shape: tuple[int, ...]
+    alike: int
+    rank: int
+    elements: int
+
+
+def parts(parameters: Iterable[Placed]) -> Iterator[Part]:
+    """What every rank has of the parameters; ranks that have nothing of one may be left out."""
+    for (algorithm, shape, place), count in _alike(parameters).items():
         for rank, layout in place.moments_layouts(shape, 1):
-            total[rank] += count * math.prod(layout.local_shape)
-    return total
+            yield Part(algorithm, shape, count, rank, math.prod(layout.local_shape))
+
+
+def _alike(parameters: Iterable[Placed]) -> Counter[tuple[Algorithm, tuple[int, ...], Place]]:
+    """How many parameters are of one algorithm and shape in one place: layers repeat, and ranks may be thousands."""
+    return Counter((a.algorithm, a.shape, place) for a, place in parameters)
 
 
 def _of_one(algorithm: Algorithm, shape: tuple[int, ...], place: Place, ranks: int, options: Options) -> list[int]:

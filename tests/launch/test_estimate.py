@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+import transformers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, T5Config, ViTConfig
 
 from muon_dist.grouping import assign
 from muon_dist.launch.cli import main
@@ -36,6 +38,19 @@ def test_a_config_a_folder_and_a_file_of_shapes_are_the_same_model(tmp_path: Pat
         found = read_shapes(str(source))
         assert {name: list(p.shape) for name, p in found.items()} == shapes
         assert all(p.is_meta for p in found.values())
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), ViTConfig(), T5Config()], ids=lambda c: c.model_type)
+def test_models_are_those_that_configs_were_written_for(config: Any, tmp_path: Path) -> None:
+    """The class that ``architectures`` names: not every model is a language model."""
+    name = {"gpt2": "GPT2LMHeadModel", "vit": "ViTForImageClassification", "t5": "T5ForConditionalGeneration"}
+    config.architectures = [name[config.model_type]]
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = getattr(transformers, config.architectures[0])(config)
+    assert {name: p.shape for name, p in read_shapes(str(tmp_path)).items()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
 
 
 def test_it_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
