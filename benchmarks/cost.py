@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.distributed.tensor import Replicate, Shard
 
 from models import Model
-from muon_dist.exchange import BATCH_ELEMENTS
+from muon_dist.exchange import batch_size
+from muon_dist.forecast import forecast
 from muon_dist.grouping import assign
-from muon_dist.layout import Geometry, Matrix, wanted_by
-from muon_dist.memory import estimated_state_bytes
+from muon_dist.layout import Geometry, wanted_by
 from muon_dist.options import DEFAULT_CHUNK_BYTES, MomentumState, Options, Wire
-from muon_dist.plan import Chunk, make_plan
+from muon_dist.places import Placed, row_shards
+from muon_dist.plan import Chunk
 from muon_dist.polar.newton_schulz import GRAM_FROM_ASPECT
-from muon_dist.sharding import Home, geometries_of
 from muon_dist.wire import WireFormat, wire_format
 
 _BF16 = 2  # bytes of a parameter's element, and of its gradient's
@@ -92,19 +91,22 @@ class ChunkCost:
     travel: float  # to the owners, and as long back
     lend: float  # copies for the replicas
     spread: float  # to them
-    buffers: int  # bytes
 
 
 def predict(job: Job, machine: Machine) -> Prediction:
     """Plans the job and runs the plan through the model."""
-    matrices, others, state = _parameters(job)
     wire = wire_format(job.wire)
-    plan = make_plan(matrices, job.ranks, wire, job.chunk_bytes)
-    elements = sum(m.geometry.rows * m.geometry.cols for m in matrices)
+    place = row_shards(job.shards, job.replicas)
+    grouping = assign((name, torch.empty(shape, device="meta")) for name, shape in job.model.parameters().items())
+    matrices, rest = ([Placed(a, place) for a in grouping if a.algorithm == x] for x in ("muon", "adamw"))
+    options = Options(momentum_state=job.state, wire=job.wire, chunk_bytes=job.chunk_bytes)
+    found = forecast([matrices], job.ranks, options)
+    (plan,) = found.plans
+    state = max(found.state)
+    elements, others = (sum(math.prod(a.shape) for a, _ in part) for part in (matrices, rest))
     momentum = state / elements * job.ranks
     chunks = [_chunk_cost(chunk, job, momentum, wire, machine) for chunk in plan.chunks]
     adamw = others / job.shards * (3 * _BF16 + 2 * _MOMENTS) / machine.memory_rate
-    buffers = 2 * max(chunk.buffers for chunk in chunks)
     seconds = _timeline(chunks, adamw, job.ranks)
     hidden = [replace(chunk, travel=0.0, spread=0.0) for chunk in chunks]
     polar: defaultdict[int, float] = defaultdict(float)
@@ -118,7 +120,7 @@ def predict(job: Job, machine: Machine) -> Prediction:
         plan.imbalance,
         len(chunks),
         sum(len(chunk.polar) for chunk in chunks) / len(chunks) / job.ranks,
-        (elements + others) / job.shards * 2 * _BF16 + state + others / job.shards * _MOMENTS + buffers,
+        (elements + others) / job.shards * 2 * _BF16 + state + others / job.shards * _MOMENTS + max(found.buffers),
     )
 
 
@@ -127,25 +129,6 @@ def batch_seconds(short: int, long: int, count: int, machine: Machine) -> float:
     if long >= GRAM_FROM_ASPECT * short:
         return count * (6 * short**2 * long + 14 * short**3) / machine.polar_rate + machine.gram_overhead
     return count * 5 * (3 * short**2 * long + short**3) / machine.polar_rate + machine.standard_overhead
-
-
-def _parameters(job: Job) -> tuple[list[Matrix], int, int]:
-    """The matrices; the number of elements that AdamW trains; bytes of momentum on a rank."""
-    where = tuple((rank // job.shards, rank % job.shards) for rank in range(job.ranks))
-    home = Home(tuple(range(job.ranks)), (job.replicas, job.shards), where, (Replicate(), Shard(0)))
-    shapes = job.model.parameters()
-    grouping = assign((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
-    muon = [a for a in grouping if a.algorithm == "muon"]
-    examples = {a.shape: a for a in muon}
-    counts = Counter(a.shape for a in muon)
-    options = Options(momentum_state=job.state)
-    state = sum(
-        counts[shape] * estimated_state_bytes([a], shards=job.shards, replicas=job.replicas, options=options)
-        for shape, a in examples.items()
-    )
-    others = sum(math.prod(a.shape) for a in grouping if a.algorithm == "adamw")
-    matrices = [Matrix(a.name, geometry) for a in muon if a.form for geometry in geometries_of(a.form, home)]
-    return matrices, others, state
 
 
 def _chunk_cost(chunk: Chunk, job: Job, momentum: float, wire: WireFormat, machine: Machine) -> ChunkCost:
@@ -169,7 +152,7 @@ def _chunk_cost(chunk: Chunk, job: Job, momentum: float, wire: WireFormat, machi
     for bundle in chunk.bundles:
         rows, cols, parts = bundle.geometry.rows, bundle.geometry.cols, len(bundle.geometry.pieces)
         short, long = sorted((rows, cols))
-        count, batch = len(bundle.matrices), max(1, BATCH_ELEMENTS // short**2)
+        count, batch = len(bundle.matrices), batch_size(bundle.geometry)
         owned[bundle.owner] += count * wire.nbytes(rows, cols)
         polar[bundle.owner] += sum(
             batch_seconds(short, long, min(batch, count - first), machine) for first in range(0, count, batch)
@@ -177,7 +160,6 @@ def _chunk_cost(chunk: Chunk, job: Job, momentum: float, wire: WireFormat, machi
         if parts > 1 or job.wire not in _COPY_BYTES:
             unpack = _COPY_BYTES.get(job.wire, _RECODE_BYTES)
             polar[bundle.owner] += count * rows * cols * unpack / machine.memory_rate
-    spread_bytes = max((spread.wanted(0, job.ranks, wire).nbytes for spread in chunk.spreads), default=0)
     return ChunkCost(
         accumulate=max(
             (held * (_BF16 + 2 * momentum) + held_bytes) / machine.memory_rate, held_pieces * machine.accumulate_host
@@ -187,7 +169,6 @@ def _chunk_cost(chunk: Chunk, job: Job, momentum: float, wire: WireFormat, machi
         travel=_travel(max(held_bytes, *owned.values()), job.ranks, machine) if job.ranks > 1 else 0.0,
         lend=len(chunk.bundles) * job.replicas * machine.lend_host if chunk.spreads else 0.0,
         spread=_spread(wanted_bytes, len(chunk.spreads), job, machine) if chunk.spreads else 0.0,
-        buffers=held_bytes + (max(owned.values()) if job.ranks > 1 else 0) + 2 * spread_bytes,
     )
 
 

@@ -30,7 +30,7 @@ from muon_dist import checkpoint
 from muon_dist.agreement import require_none
 from muon_dist.binding import Binding, named, tensor_shards
 from muon_dist.checkpoint.pieces import pieces_of
-from muon_dist.integrations.deepspeed_files import DESCRIPTION, StoredPiece, describe
+from muon_dist.integrations.deepspeed_files import DESCRIPTION, StoredPiece, description_of
 from muon_dist.integrations.zero import Buffer, Partition, partitions, stage_of
 from muon_dist.optimizer import Connections, DistMuon
 from muon_dist.shards import Shard
@@ -105,7 +105,7 @@ class DistOrthogonal(DistMuon):
             StoredPiece(piece, places[id(shard.state)], stored.entries if piece.region.numel else {})
             for piece, (shard, stored) in zip(pieces_of(binding), binding.stored(), strict=True)
         ]
-        return {**state, DESCRIPTION: describe(pieces, self.options)}
+        return {**state, DESCRIPTION: description_of(pieces, self.options)}
 
     def _is_called_by_a_constructor(self) -> bool:
         """FP16_UnfusedOptimizer (stage 0 in low precision) makes a step with zero gradients to have state created; it
@@ -183,6 +183,12 @@ def load_state(engine: deepspeed.DeepSpeedEngine, folder: str | Path, *, strict:
     """:func:`muon_dist.checkpoint.load_state` into an engine's optimizer."""
     with _all_in_groups(engine) as optimizer:
         return checkpoint.load_state(optimizer, folder, strict=strict)
+
+
+def describe(engine: deepspeed.DeepSpeedEngine) -> str:
+    """:meth:`muon_dist.DistMuon.describe` of an engine's optimizer."""
+    with _all_in_groups(engine) as optimizer:
+        return optimizer.describe()
 
 
 @contextmanager

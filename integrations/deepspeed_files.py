@@ -38,7 +38,7 @@ class StoredPiece(NamedTuple):
     entries: Mapping[str, str]
 
 
-def describe(pieces: Sequence[StoredPiece], options: Options) -> dict[str, Any]:
+def description_of(pieces: Sequence[StoredPiece], options: Options) -> dict[str, Any]:
     """What is written beside the state of a rank, as plain data."""
     described = [{"piece": p.piece.to_json(), "place": p.place, "entries": dict(p.entries)} for p in pieces]
     return {"pieces": described, "options": options_to_json(options)}

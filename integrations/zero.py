@@ -96,7 +96,7 @@ def _of_stage_3(parameters: Mapping[str, Tensor], buffer: Buffer) -> Iterator[Pa
         p: Any = parameters[name]
         ranks, index = _members(p.ds_process_group)
         length = p.ds_tensor.ds_numel  # of every rank; what lies past the parameter's end is padding
-        runs = _equal_runs(p.ds_numel, length, len(ranks))
+        runs = equal_runs(p.ds_numel, length, len(ranks))
         shard = _shard(name, tuple(p.ds_shape), buffer, offset, runs, ranks, index)
         yield Partition(shard, p.ds_tensor.detach().flatten()[: runs[index][1]])
         offset += length
@@ -108,7 +108,7 @@ def _of_stage_3(parameters: Mapping[str, Tensor], buffer: Buffer) -> Iterator[Pa
 
 
 @lru_cache(maxsize=4096)
-def _equal_runs(numel: int, length: int, ranks: int) -> tuple[tuple[int, int], ...]:
+def equal_runs(numel: int, length: int, ranks: int) -> tuple[tuple[int, int], ...]:
     """Runs of ``length`` elements, the last ones short or empty; cached, since layers repeat."""
     return tuple((rank * length, min(max(numel - rank * length, 0), length)) for rank in range(ranks))
 

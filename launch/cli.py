@@ -1,4 +1,5 @@
-"""The command line: `muon-dist train`, with one argument per field of `TrainConfig`, `inspect` and `convert`."""
+"""The command line: `muon-dist train` and `estimate`, with one argument per field of their configs, `inspect` and
+`convert`."""
 
 from __future__ import annotations
 
@@ -10,10 +11,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from muon_dist.launch.config import TrainConfig, UsageError
+from muon_dist.launch.config import EstimateConfig, TrainConfig, UsageError
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, config_class: type[TrainConfig]) -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser, config_class: type[TrainConfig] | type[EstimateConfig]
+) -> None:
     """Only options that are given end up in the namespace: the class has the defaults, and DeepSpeed's file may fill in
     what isn't given."""
     annotations = get_type_hints(config_class, include_extras=True)
@@ -41,7 +44,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, config_class: type[Tra
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="muon-dist", description="Train with sharded Muon, and read its checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="muon-dist", description="Train with sharded Muon, tell its cost, read its checkpoints."
+    )
     # The deepspeed launcher puts it before all other arguments; it says the same as LOCAL_RANK, which is read instead.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -53,6 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_config_arguments(train_parser, TrainConfig)
     train_parser.set_defaults(run=train)
+    estimate_parser = commands.add_parser(
+        "estimate",
+        help="tell what a job will need: memory of a rank, bytes that travel, FLOPs",
+        description="Bytes on the fullest rank under DistMuon and its peers, and what a step of DistMuon costs, from "
+        "the shapes of a model: nothing is built or trained.",
+    )
+    estimate_parser.add_argument(
+        "model",
+        help="a preset of `train`, a config.json of transformers or its folder, a model's id on the Hugging Face hub, "
+        "or a JSON file of shapes by parameter name",
+    )
+    add_config_arguments(estimate_parser, EstimateConfig)
+    estimate_parser.set_defaults(run=estimate)
     inspect_parser = commands.add_parser("inspect", help="print what a portable checkpoint holds, and check it")
     inspect_parser.add_argument("folder", type=Path)
     inspect_parser.set_defaults(run=inspect)
@@ -90,6 +108,13 @@ def train(options: dict[str, Any]) -> int:
     except ModuleNotFoundError as error:
         raise UsageError(f"{error}; training needs more than the optimizer: pip install 'muon_dist[train]'") from None
     return 0 if run(config, given=options) else EXIT_CODE
+
+
+def estimate(options: dict[str, Any]) -> int:
+    from muon_dist.launch.estimate import run
+
+    run(options.pop("model"), EstimateConfig(**options))
+    return 0
 
 
 def inspect(options: dict[str, Any]) -> int:

@@ -1,4 +1,5 @@
-"""What one training run is: every option of `muon-dist train`, with its default and its help, in one typed place."""
+"""What the commands take: every option of `muon-dist train` and `estimate`, with its default and its help, in one typed
+place."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from muon_dist.options import DEFAULT_BLOCK_SIZE, MomentumState, Polar, Wire
+from muon_dist.options import DEFAULT_BLOCK_SIZE, DEFAULT_CHUNK_BYTES, AdamWState, MomentumState, Polar, Wire
 
 EngineName = Literal["fsdp2", "ddp", "deepspeed", "single"]
 ModelName = Literal["nano", "tiny", "small", "65m", "85m", "300m", "1b"]
@@ -59,6 +60,8 @@ class TrainConfig:
     seed: Annotated[int, "of the initial weights and of the order of the data"] = 0
 
     log_every: Annotated[int, "steps between training records"] = 10
+    statistics_every: Annotated[int, "steps between records of dist_muon's statistics; 0: none"] = 0
+    wandb: Annotated[str, "W&B project that records go to as well; a resumed run is a new one there"] = ""
     eval_every: Annotated[int, "steps between evaluations; the last step is always evaluated"] = 50
     eval_sequences: Annotated[int, "held-out sequences of an evaluation, the same ones every time"] = 256
     checkpoint_every: Annotated[int, "steps between checkpoints; 0: only the last step is saved"] = 0
@@ -99,3 +102,38 @@ class TrainConfig:
     def micro_batch_size(self, world_size: int) -> int:
         """Sequences in one forward pass of one rank."""
         return self.batch_size // (world_size * self.accumulation_steps)
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """A job that does not run yet; the model is the command's argument."""
+
+    world_size: Annotated[int, "ranks of the job"] = 8
+    engine: Annotated[EngineName, "how parameters lie on the ranks"] = "fsdp2"
+    stage: Annotated[int, "deepspeed: the ZeRO stage"] = 3
+    replicas: Annotated[int, "fsdp2: replicate the sharded model this many times (HSDP)"] = 1
+    dtype: Annotated[DtypeName, "of parameters and gradients; ZeRO adds its own fp32 copy of the parameters"] = "bf16"
+
+    momentum_state: Annotated[MomentumState, "how dist_muon stores its momentum"] = "linear8"
+    block_size: Annotated[int, "elements of a row that share a scale in the 8-bit and 4-bit states"] = (
+        DEFAULT_BLOCK_SIZE
+    )
+    adamw_state: Annotated[AdamWState, "how dist_muon stores the moments of what it gives to AdamW"] = "fp32"
+    wire: Annotated[Wire, "how dist_muon's matrices travel"] = "bf16"
+    chunk_bytes: Annotated[int, "bound on each of the exchange's buffers on a rank"] = DEFAULT_CHUNK_BYTES
+
+    out: Annotated[Path | None, "write the figures here, as JSON"] = None
+    plot: Annotated[Path | None, "draw them here"] = None
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "replicas", "block_size", "chunk_bytes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.stage not in range(4):
+            raise UsageError(f"--stage is {self.stage}; ZeRO has the stages 0 to 3")
+        if self.replicas > 1 and self.engine != "fsdp2":
+            raise UsageError(f"--replicas is for --engine fsdp2, not for --engine {self.engine}")
+        if self.world_size % self.replicas:
+            raise UsageError(f"--replicas {self.replicas} does not divide the {self.world_size} ranks of this job")
+        if self.engine == "single" and self.world_size > 1:
+            raise UsageError("--engine single is one process; add --world-size 1")

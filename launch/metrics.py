@@ -1,4 +1,4 @@
-"""What a run shows and writes down as it goes: a progress bar, metrics.jsonl and TensorBoard, all from rank 0."""
+"""What a run shows and writes down as it goes: a progress bar, metrics.jsonl, TensorBoard and W&B, all from rank 0."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,22 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """One record a line: `{"kind": "train" | "eval", "step": ..., ...}`. A disabled one (other ranks) does nothing."""
+    """One record a line: `{"kind": "train" | "eval" | "optimizer", "step": ..., ...}`. A disabled one (other ranks)
+    does nothing.
 
-    def __init__(self, folder: Path, device: torch.device, first_step: int, steps: int, enabled: bool) -> None:
+    Args:
+        wandb_project: of W&B; "" for none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        first_step: int,
+        steps: int,
+        enabled: bool,
+        wandb_project: str = "",
+    ) -> None:
         self.device = device
         self.enabled = enabled
         self.progress = tqdm(total=steps, initial=first_step - 1, unit="step", mininterval=0.5, disable=not enabled)
@@ -54,6 +67,11 @@ class Metrics:
         for record in kept:
             self.file.write(json.dumps(record) + "\n")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.wandb: Any = None
+        if wandb_project:
+            import wandb
+
+            self.wandb = wandb.init(project=wandb_project, dir=folder, name=folder.resolve().name)
 
     def advance(self, tokens: int) -> None:
         self._tokens += tokens
@@ -80,6 +98,10 @@ class Metrics:
             self.progress.write(f"step {step}: validation loss {loss:.4f} nats/byte")
         self._record("eval", step, loss=loss)
 
+    def optimizer(self, step: int, statistics: Mapping[str, torch.Tensor]) -> None:
+        """What :class:`muon_dist.statistics.Observer` saw; waits for the device."""
+        self._record("optimizer", step, **{name: float(value) for name, value in statistics.items()})
+
     @contextmanager
     def untimed(self) -> Iterator[None]:
         """Around what isn't training (evaluation, checkpoints), so that tokens/s stays the training's own."""
@@ -93,9 +115,13 @@ class Metrics:
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self.wandb is not None:
+            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         self.progress.close()
         if self.enabled:
             self.file.close()
             self.tensorboard.close()
+            if self.wandb is not None:
+                self.wandb.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from muon_dist import DistMuon
 from muon_dist.launch.checkpointing import Checkpoints
 from muon_dist.launch.config import TrainConfig, UsageError
 from muon_dist.launch.data import Batches, TextData, load_text
@@ -44,6 +46,8 @@ def run(config: TrainConfig, given: Collection[str] = ()) -> bool:
         raise UsageError(f"--out {config.out} already holds a run; add --resume to continue it, or name another folder")
     environment = read_environment(os.environ)
     ds_config = None
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--wandb needs W&B's library: pip install 'muon_dist[wandb]'")
     if config.ds_config is not None:
         config, ds_config = reconcile(config, config.ds_config, given, environment.world_size)
         import_deepspeed()
@@ -69,18 +73,28 @@ def train(config: TrainConfig, environment: Environment, text: TextData, ds_conf
         return True
 
     started = time.perf_counter()
-    with closing(Metrics(config.out, environment.device, first_step, config.steps, environment.is_main)) as metrics:
+    metrics = Metrics(
+        config.out, environment.device, first_step, config.steps, environment.is_main, wandb_project=config.wandb
+    )
+    observers = [optimizer.observer for optimizer in engine.optimizers if isinstance(optimizer, DistMuon)]
+    with closing(metrics):
         for step in range(first_step, config.steps + 1):
             is_last = step == config.steps
             seed_random_numbers(config.seed, step, environment.rank)
             lr = engine.optimizers[0].param_groups[0]["lr"]
             loss = backward(engine, batches.training(step))
+            is_observed = config.statistics_every > 0 and step % config.statistics_every == 0
+            for observer in observers:
+                observer.observing = is_observed
             grad_norm = engine.step()
 
             metrics.advance(config.batch_size * config.sequence_length)
             if step % config.log_every == 0 or is_last:
                 mean_loss = environment.sum(loss) / environment.world_size
                 metrics.train(step, loss=mean_loss, lr=lr, grad_norm=float(grad_norm))
+            if is_observed:
+                for observer in observers:
+                    metrics.optimizer(step, observer.latest)
             if step % config.eval_every == 0 or is_last:
                 with metrics.untimed():
                     validation_loss = evaluate(engine, environment, batches.validation())

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from muon_dist.adamw import AdamWParameter, update_all
 from muon_dist.muon import MuonMatrix, MuonParameter
@@ -43,7 +44,8 @@ class Binding:
         Args:
             taken: a bool on the device, whether anything changes; None: it does.
         """
-        update_all(self.adamw, self.device, taken)
+        with record_function("muon_dist.adamw"):
+            update_all(self.adamw, self.device, taken)
 
     def stored(self) -> Iterator[tuple[Shard, StoredTensor]]:
         """All state of this rank, with the parameter that each is of."""

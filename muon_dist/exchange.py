@@ -92,12 +92,12 @@ class Exchange:
         """
         for bundle, parts in self._owned:
             geometry, frame = bundle.geometry, bundle.geometry.frame
-            count = max(1, BATCH_ELEMENTS // min(geometry.rows, geometry.cols) ** 2)
+            count = batch_size(geometry)
             for start in range(0, len(bundle.matrices), count):
                 stop = min(start + count, len(bundle.matrices))
                 packed = [strip.in_buffer(buffers.owned, start, stop) for strip in parts]
-                matrices = self._assembled(frame, parts, packed).view(-1, geometry.rows, geometry.cols)
-                out = self._in_place(geometry, parts, packed)
+                matrices = assembled(self._wire, frame, parts, packed).view(-1, geometry.rows, geometry.cols)
+                out = in_place(self._wire, geometry, parts, packed)
                 updates = function(matrices, out)
                 if updates is out:
                     continue
@@ -122,25 +122,6 @@ class Exchange:
             if spreading := self._trade(buffers.lent, lent, buffers.wanted, wanted):
                 spreading.wait()
             apply(list(_pieces(wanted.parcels, buffers.wanted)))
-
-    def _assembled(self, frame: tuple[int, int], parts: Sequence[Strip], packed: Sequence[Tensor]) -> Tensor:
-        """Whole matrices, ``[n, *frame]``, from their bytes; in the buffer itself where these lie without a gap."""
-        shapes = [(strip.first.rect.rows, strip.first.rect.cols) for strip in parts]
-        pieces = [self._wire.unpack(nbytes, *shape) for nbytes, shape in zip(packed, shapes, strict=True)]
-        if len(parts) == 1:
-            return parts[0].in_order(pieces[0]).reshape(-1, *frame)
-        whole = pieces[0].new_empty((len(packed[0]), *frame))
-        for strip, unpacked in zip(parts, pieces, strict=True):
-            strip.of_whole(whole).copy_(unpacked)
-        return whole
-
-    def _in_place(self, geometry: Geometry, parts: Sequence[Strip], packed: Sequence[Tensor]) -> Tensor | None:
-        """The buffer as the whole matrices of what goes back, if they lie there without a gap."""
-        rect = parts[0].first.rect
-        pieces = self._wire.back.view(packed[0], rect.rows, rect.cols) if len(parts) == 1 else None
-        if pieces is None or not parts[0].in_order(pieces).is_contiguous():
-            return None
-        return pieces.view(-1, geometry.rows, geometry.cols)
 
     def _trade(self, sent: Tensor, sender: Side, received: Tensor, receiver: Side) -> dist.Work | None:
         if self._group is None:
@@ -168,6 +149,32 @@ def new_buffers(exchanges: Sequence[Exchange], group: dist.ProcessGroup | None, 
     owned = buffer(exchange.owned for exchange in exchanges)
     lent = buffer(side for exchange in exchanges for side in exchange.lent)
     return Buffers(held, owned, lent, buffer(side for exchange in exchanges for side in exchange.wanted))
+
+
+def assembled(wire: WireFormat, frame: tuple[int, int], parts: Sequence[Strip], packed: Sequence[Tensor]) -> Tensor:
+    """Whole matrices, ``[n, *frame]``, from their bytes; in the buffer itself where these lie without a gap."""
+    shapes = [(strip.first.rect.rows, strip.first.rect.cols) for strip in parts]
+    pieces = [wire.unpack(nbytes, *shape) for nbytes, shape in zip(packed, shapes, strict=True)]
+    if len(parts) == 1:
+        return parts[0].in_order(pieces[0]).reshape(-1, *frame)
+    whole = pieces[0].new_empty((len(packed[0]), *frame))
+    for strip, unpacked in zip(parts, pieces, strict=True):
+        strip.of_whole(whole).copy_(unpacked)
+    return whole
+
+
+def in_place(wire: WireFormat, geometry: Geometry, parts: Sequence[Strip], packed: Sequence[Tensor]) -> Tensor | None:
+    """The buffer as the whole matrices of what goes back, if they lie there without a gap."""
+    rect = parts[0].first.rect
+    pieces = wire.back.view(packed[0], rect.rows, rect.cols) if len(parts) == 1 else None
+    if pieces is None or not parts[0].in_order(pieces).is_contiguous():
+        return None
+    return pieces.view(-1, geometry.rows, geometry.cols)
+
+
+def batch_size(geometry: Geometry) -> int:
+    """How many matrices the polar factor takes at a time."""
+    return max(1, BATCH_ELEMENTS // min(geometry.rows, geometry.cols) ** 2)
 
 
 def _pieces(parcels: Iterable[Parcel], buffer: Tensor) -> Iterator[PackedPiece]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Replicate, Shard
 
+from muon_dist.forms import Form
 from muon_dist.grouping import Assignment
-from muon_dist.options import Options
-from muon_dist.sharding import Home, local
-from muon_dist.state import moments_of, momentum_of, sharded_layout
+from muon_dist.options import Algorithm, Options
+from muon_dist.places import Place, Placed, row_shards
+from muon_dist.sharding import local
+from muon_dist.state import moments_of, momentum_of
 
-_STEP_BYTES = 4  # AdamW's count of steps, one a parameter
+_STEP_BYTES = 4  # AdamW's count of steps, one a parameter, on every rank
 
 
 def measured_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -38,19 +42,48 @@ def estimated_state_bytes(
         replicas: ranks that hold each shard; momentum is shared out among them, AdamW's moments are repeated.
         options: as the optimizer will be given; the defaults if None.
     """
-    options = options or Options()
-    ranks = range(replicas * shards)
-    where = tuple((rank // shards, rank % shards) for rank in ranks)
-    home = Home(tuple(ranks), (replicas, shards), where, (Replicate(), Shard(0)) if shards > 1 else (Replicate(),) * 2)
-    cpu = torch.device("cpu")
-    total = 0
-    for assignment in assignments:
-        shape = assignment.shape
-        # The first rank's part of every tensor is the largest: rows are cut as torch.chunk cuts them.
-        if form := assignment.form:
-            layout = sharded_layout(form.shape, home, home.momentum_placements, 0, options.block_size, None, cpu, form)
-            total += momentum_of(layout, options).nbytes
-        else:
-            layout = sharded_layout(shape, home, home.placements, 0, options.block_size, None, cpu)
-            total += sum(moment.nbytes for moment in moments_of(shape, layout, options)) + _STEP_BYTES
+    place = row_shards(shards, replicas)
+    return max(state_bytes_by_rank([Placed(a, place) for a in assignments], shards * replicas, options or Options()))
+
+
+def state_bytes_by_rank(parameters: Iterable[Placed], ranks: int, options: Options) -> list[int]:
+    """Bytes of optimizer state on each of the ranks 0 to ``ranks - 1``."""
+    total = [0] * ranks
+    for (_, shape, form, place), count in _alike(parameters).items():
+        for rank, nbytes in enumerate(_of_one(shape, form, place, ranks, options)):
+            total[rank] += count * nbytes
     return total
+
+
+class Part(NamedTuple):
+    """What one rank has of each of ``alike`` parameters."""
+
+    algorithm: Algorithm
+    shape: tuple[int, ...]
+    alike: int
+    rank: int
+    elements: int
+
+
+def parts(parameters: Iterable[Placed]) -> Iterator[Part]:
+    """What every rank has of the parameters; ranks that have nothing of one may be left out."""
+    for (algorithm, shape, _, place), count in _alike(parameters).items():
+        for rank, layout in place.moments_layouts(shape, 1):
+            yield Part(algorithm, shape, count, rank, math.prod(layout.local_shape))
+
+
+def _alike(parameters: Iterable[Placed]) -> Counter[tuple[Algorithm, tuple[int, ...], Form | None, Place]]:
+    """How many parameters are of one kind in one place: layers repeat, and ranks may be thousands."""
+    return Counter((a.algorithm, a.shape, a.form, place) for a, place in parameters)
+
+
+def _of_one(shape: tuple[int, ...], form: Form | None, place: Place, ranks: int, options: Options) -> list[int]:
+    if form is not None:
+        found = [0] * ranks
+        for rank, layout in place.momentum_layouts(form, options.block_size):
+            found[rank] = momentum_of(layout, options).nbytes
+        return found
+    found = [_STEP_BYTES] * ranks
+    for rank, layout in place.moments_layouts(shape, options.block_size):
+        found[rank] += sum(moment.nbytes for moment in moments_of(shape, layout, options))
+    return found

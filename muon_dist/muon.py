@@ -107,13 +107,11 @@ class MuonMatrix:
             taken: whether the step is, as ``MuonWork`` has it.
             batch, stacks: may take the work, to be launched later; the first is None if there are no kernels.
         """
-        gradient = self.shard.gradient()
-        if gradient is None:
+        g = self.gradient(rect)
+        if g is None:
             packed.zero_()  # zeros in every wire format
             return
-        box = self._box(rect)
-        g = self._cut(gradient.reshape(self._here.size), box)
-        codec, buffers = self.momentum.piece(self.shard.state, box)
+        codec, buffers = self.stored(rect)
         if not codec.row_wise and g.device == packed.device:
             stacks.take(codec, Member(g, buffers, packed), *self._decays)
             return
@@ -151,13 +149,13 @@ class MuonMatrix:
         part = self._cut(self.shard.weight().view(self._here.size), self._box(rect))
         if batch is not None and part.device == packed.device:
             update = wire.back.for_kernels(packed, *part.shape)
-            if kernels.fit(part.shape, update) and batch.take(part, update, *self._factors):
+            if kernels.fit(part.shape, update) and batch.take(part, update, *self.factors):
                 return
         with on_device({"weight": part}, packed.device, taken) as here:
             self._apply(here["weight"], wire, packed)
 
     def _apply(self, weight: Tensor, wire: WireFormat, packed: Tensor) -> None:
-        decay, factor = self._factors
+        decay, factor = self.factors
         if kernels.usable_on(weight.device):
             encoded = wire.back.for_kernels(packed, *weight.shape)
             if kernels.fit(weight.shape, encoded) and weight.stride(1) == 1:
@@ -175,12 +173,21 @@ class MuonMatrix:
         return self.shard.group["momentum"], self.shard.group["nesterov"]
 
     @property
-    def _factors(self) -> tuple[float, float]:
+    def factors(self) -> tuple[float, float]:
         """Of the weight, and of the update that is added."""
         group = self.shard.group
         scale = UPDATE_SCALES[group["update_scale"]](*self.form.outputs_and_inputs(self.index))
         lr = float(group["lr"])
         return 1 - lr * group["weight_decay"], -lr * scale
+
+    def gradient(self, rect: Rect) -> Tensor | None:
+        """Of a piece, [rows, cols]; None where there is none."""
+        gradient = self.shard.gradient()
+        return None if gradient is None else self._cut(gradient.reshape(self._here.size), self._box(rect))
+
+    def stored(self, rect: Rect) -> tuple[Codec, dict[str, Tensor]]:
+        """The momentum of a piece, which is all that this rank has of the matrix: its codec and its buffers."""
+        return self.momentum.piece(self.shard.state, self._box(rect))
 
     def _box(self, rect: Rect) -> Box:
         """Where a piece lies in the tables, of which a flat shard has a part of all of them as one row."""

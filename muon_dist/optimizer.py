@@ -27,6 +27,7 @@ from torch.optim.optimizer import ParamsT
 
 from muon_dist.agreement import Watch, all_finite, nonfinite_names, require_same
 from muon_dist.binding import Binding, Signature, bind, named, signature, tensor_shards
+from muon_dist.describe import describe
 from muon_dist.forms import Forms
 from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
@@ -50,6 +51,7 @@ from muon_dist.polar import schedule
 from muon_dist.sharding import local
 from muon_dist.shards import Shard
 from muon_dist.state_dict import require_matching, require_same_members
+from muon_dist.statistics import Observer
 from muon_dist.wire import wire_format
 
 
@@ -161,6 +163,7 @@ class DistMuon(torch.optim.Optimizer):
         self._process_group = process_group
         self._grouping = Grouping()
         self._skipped: Tensor | None = None  # a count on the device
+        self.observer = Observer()  # statistics of the steps that are made while it is observing
         muon = {
             "lr": lr,
             "momentum": momentum,
@@ -202,6 +205,13 @@ class DistMuon(torch.optim.Optimizer):
         """Which parameter goes where, and why; ``print`` it for a table."""
         return self._grouping
 
+    def describe(self) -> str:
+        """Groups, codecs, layouts and plans as a readable text, with bytes of this rank. Collective."""
+        binding = self.bound()
+        domains = (ranks for ranks, matrices in binding.domains().items() if matrices)
+        plans = (pipeline.plan for pipeline, _ in self._connect(binding).pipelines)
+        return describe(self.param_groups, binding, self._options, list(zip(domains, plans, strict=True)))
+
     @property
     def options(self) -> Options:
         """What holds for all groups."""
@@ -230,12 +240,12 @@ class DistMuon(torch.optim.Optimizer):
             shard.require_gradient_fits()
         for shards, watch in replicated:
             watch.require_same(frozenset(shard.name for shard in shards if not shard.has_gradient), _NO_GRADIENT)
-        with _current(binding.device):
+        with _current(binding.device), self.observer.step(binding.device) as observed:
             taken = self._judge(binding)
             update_adamw = partial(binding.update_adamw, taken)
             # AdamW's update needs no exchange: it fills the time while the first chunk travels.
             for i, (pipeline, work) in enumerate(pipelines):
-                pipeline.run(replace(work, taken=taken), meanwhile=update_adamw if i == 0 else _nothing)
+                pipeline.run(observed(replace(work, taken=taken), pipeline.group), update_adamw if i == 0 else _nothing)
             if not pipelines:
                 update_adamw()
         return loss

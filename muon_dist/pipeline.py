@@ -23,7 +23,7 @@ from muon_dist.exchange import Buffers, Exchange, PackedPiece, new_buffers
 from muon_dist.plan import Plan
 from muon_dist.wire import WireFormat
 
-_SLOTS = 2
+SLOTS = 2  # of buffers, used in turn
 
 
 class _Waitable(Protocol):
@@ -50,7 +50,7 @@ class Pipeline:
 
     def __init__(self, plan: Plan, wire: WireFormat, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.plan = plan
-        self._group = group
+        self.group = group
         self._device = device
         self._exchanges = [Exchange(chunk, wire, group) for chunk in plan.chunks]
         self._streams = torch.get_device_module(device)
@@ -59,7 +59,7 @@ class Pipeline:
     def run(self, work: MatrixWork, meanwhile: Callable[[], None]) -> None:
         """One step of all matrices. ``meanwhile`` runs while the first chunk is on its way."""
         current = self._streams.current_stream(self._device)
-        slots = [new_buffers(self._exchanges, self._group, self._device) for _ in self._exchanges[:_SLOTS]]
+        slots = [new_buffers(self._exchanges, self.group, self._device) for _ in self._exchanges[:SLOTS]]
         self._side.wait_stream(current)
         arriving = self._gather(0, work, slots)
         meanwhile()
@@ -67,11 +67,12 @@ class Pipeline:
             arrived = arriving
             if k + 1 < len(self._exchanges):
                 arriving = self._gather(k + 1, work, slots)
-            buffers = slots[k % _SLOTS]
+            buffers = slots[k % SLOTS]
             arrived.wait()
             with record_function("muon_dist.polar"):
                 exchange.replace_owned(work.polar, buffers)
-            returned = self._departed(exchange.scatter(buffers))
+            with record_function("muon_dist.scatter"):
+                returned = self._departed(exchange.scatter(buffers))
             with self._streams.stream(self._side), record_function("muon_dist.apply"):
                 returned.wait()
                 exchange.apply_updates(work.apply, buffers)
@@ -79,10 +80,12 @@ class Pipeline:
 
     def _gather(self, k: int, work: MatrixWork, slots: list[Buffers]) -> _Waitable:
         """Accumulates and sends off chunk ``k``, on the side stream, behind the apply that last used its slot."""
-        buffers = slots[k % _SLOTS]
-        with self._streams.stream(self._side), record_function("muon_dist.accumulate"):
-            self._exchanges[k].pack_held(work.accumulate, buffers)
-            return self._departed(self._exchanges[k].gather(buffers))
+        buffers = slots[k % SLOTS]
+        with self._streams.stream(self._side):
+            with record_function("muon_dist.accumulate"):
+                self._exchanges[k].pack_held(work.accumulate, buffers)
+            with record_function("muon_dist.gather"):
+                return self._departed(self._exchanges[k].gather(buffers))
 
     def _departed(self, collective: dist.Work | None) -> _Waitable:
         """What to wait for: the collective, or what the stream in use has done so far where nothing travels."""

@@ -96,8 +96,8 @@ class EncodedWire:
             self.codec.encode(piece, self._buffers(packed, *piece.shape[-2:]))
 
     def unpack(self, packed: Tensor, rows: int, cols: int) -> Tensor:
-        dtype = torch.float32 if packed.device.type == "cpu" else torch.bfloat16  # codes have fewer digits
-        pieces = torch.empty((*packed.shape[:-1], rows, cols), dtype=dtype, device=packed.device)
+        # Codes have fewer digits than bf16.
+        pieces = torch.empty((*packed.shape[:-1], rows, cols), dtype=torch.bfloat16, device=packed.device)
         for piece, encoded in zip(pieces, packed, strict=True):
             self.codec.decode(self._buffers(encoded, rows, cols), cols, out=piece)
         return pieces

@@ -1,4 +1,4 @@
-"""The package installs whole, from a wheel and editable, with integrations/ and launch/ inside it."""
+"""The package installs whole, from a wheel and editable, with integrations/ and launch/ inside it, and works there."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ IMPORTS = """
 import muon_dist, muon_dist.integrations.fsdp, muon_dist.launch.cli as cli
 print(muon_dist.__file__, cli.__file__)
 """
+STEP = """
+import torch
+weight = torch.nn.Parameter(torch.zeros(8, 4))
+weight.grad = torch.eye(8, 4)
+muon_dist.DistMuon([("up.weight", weight)], lr=1.0).step()
+assert (torch.linalg.svdvals(weight) > 0.5).all()
+"""
 
 
 def files_imported(folder: Path, **environment: str) -> list[Path]:
+    """By a process in ``folder``, which then takes an optimizer step."""
     result = subprocess.run(
-        [sys.executable, "-c", IMPORTS], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", IMPORTS + STEP], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
     return [Path(line) for line in result.stdout.split()]
@@ -45,7 +53,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_a_wheel_imports_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_a_wheel_imports_and_steps_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     for file in files_imported(tmp_path, PYTHONPATH=str(tmp_path)):

@@ -59,12 +59,9 @@ def polar_factor(
     rows, cols = matrices.shape[-2:]
     if out is None:
         out = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
-    if form == "auto":
-        form = "gram" if max(rows, cols) >= GRAM_FROM_ASPECT * min(rows, cols) else "standard"
     steps = len(schedule.coefficients)
-    iterate, products = (
-        (_gram_form, len(_segments(schedule.coefficients))) if form == "gram" else (_standard_form, steps)
-    )
+    in_gram_form = _form(rows, cols, form) == "gram"
+    iterate, products = (_gram_form, len(_segments(schedule.coefficients))) if in_gram_form else (_standard_form, steps)
     # Two memories take turns with each product of a whole matrix; start with the one that makes the last end in out.
     result = out.view(-1, rows, cols)
     turns = (torch.empty_like(result), result)
@@ -80,6 +77,30 @@ def polar_factor(
         current, other = current.mT, other.mT  # [n, s, l] with s <= l from here on; the memory stays as it is
     iterate(current, other, schedule.coefficients)
     return out
+
+
+def workspace_elements(rows: int, cols: int, schedule: Schedule, form: PolarForm = "auto") -> int:
+    """Elements, of the iteration's dtype, that :func:`polar_factor` needs for one matrix beside its input and result.
+
+    That is the other of the two memories that take turns, and Gram matrices and polynomials of them.
+
+    (Without kernels the norm needs one more copy in fp32, before the iteration: more than this where matrices are more
+    than four times as long as wide.)
+    """
+    short, long = sorted((rows, cols))
+    steps = len(schedule.coefficients)
+    if _form(rows, cols, form) == "gram":
+        squares = 4 if any(len(segment) > 1 for segment in _segments(schedule.coefficients)) else 2
+    else:
+        squares = min(steps, 2) + 1
+    return short * (long + squares * short)
+
+
+def _form(rows: int, cols: int, form: PolarForm) -> PolarForm:
+    """Resolves "auto"."""
+    if form != "auto":
+        return form
+    return "gram" if max(rows, cols) >= GRAM_FROM_ASPECT * min(rows, cols) else "standard"
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

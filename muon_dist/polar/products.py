@@ -54,7 +54,7 @@ def normalised(matrices: Tensor, margin: float, *, out: Tensor) -> None:
         return
     # By the largest element first: then squares neither overflow nor vanish.
     largest = torch.linalg.vector_norm(matrices, ord=torch.inf, dim=(-2, -1)).float().clamp_(min=SMALLEST_NORM)
-    relative = matrices.float() / largest[:, None, None]
+    relative = matrices.to(torch.float32, copy=True).div_(largest[:, None, None])
     norm = torch.linalg.vector_norm(relative, dim=(-2, -1)).mul_(largest).clamp_(min=SMALLEST_NORM)
     torch.mul(relative, (largest / (norm * margin))[:, None, None], out=relative)
     out.copy_(relative)

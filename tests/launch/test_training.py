@@ -63,3 +63,21 @@ def test_other_optimizers(optimizer: str, launch: Launch, tmp_path: Path) -> Non
     launch(tmp_path / "run", "--engine", "single", "--optimizer", optimizer, "--steps", "4", ranks=1)
     train = losses(tmp_path / "run", "train")
     assert train[4] < train[1]
+
+
+def test_statistics_of_the_optimizer_go_to_all_records(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = "--engine single --steps 4 --statistics-every 2 --wandb project"
+    launch(tmp_path / "run", *options.split(), ranks=1)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [record for record in records if record["kind"] == "optimizer"]
+    assert [record["step"] for record in found] == [2, 4]
+    for record in found:
+        assert record["update_rms"] > 0
+        assert record["momentum_norm"] > 0
+        assert 0 < record["quantisation_error"] < 0.02
+        assert 0 < record["polar_residual"] < 1
+    (local,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert list(local.glob("*.wandb"))
