@@ -92,6 +92,10 @@ class DistMuon(torch.optim.Optimizer):
         process_group: ranks that hold plain tensors as replicas; the default group where torch.distributed is
             initialised.
 
+    Attributes:
+        observer: :class:`muon_dist.statistics.Observer`, statistics of the steps that are made while it is observing.
+        skipped_steps: how many steps ``nonfinite="skip"`` left out in this process.
+
     Raises:
         ValueError, TypeError: an option or a parameter that cannot be; the message names it and the fix.
     """
@@ -144,8 +148,8 @@ class DistMuon(torch.optim.Optimizer):
         self._overrides = overrides
         self._process_group = process_group
         self._grouping = Grouping()
-        self.observer = Observer()  # statistics of the steps that are made while it is observing
-        self.skipped_steps = 0  # because of NaN or infinite gradients, of this process
+        self.observer = Observer()
+        self.skipped_steps = 0
         muon = {
             "lr": lr,
             "momentum": momentum,
