@@ -110,7 +110,7 @@ class EstimateConfig:
 
     world_size: Annotated[int, "ranks of the job"] = 8
     engine: Annotated[EngineName, "how parameters lie on the ranks"] = "fsdp2"
-    stage: Annotated[int, "deepspeed: the ZeRO stage"] = 3
+    stage: Annotated[int | None, "deepspeed: the ZeRO stage (default: 3)"] = None
     replicas: Annotated[int, "fsdp2: replicate the sharded model this many times (HSDP)"] = 1
     dtype: Annotated[DtypeName, "of parameters and gradients; ZeRO adds its own fp32 copy of the parameters"] = "bf16"
 
@@ -129,11 +129,20 @@ class EstimateConfig:
         for name in ("world_size", "replicas", "block_size", "chunk_bytes"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.stage not in range(4):
+        if self.stage not in (None, *range(4)):
             raise UsageError(f"--stage is {self.stage}; ZeRO has the stages 0 to 3")
+        if self.stage is not None and self.engine != "deepspeed":
+            raise UsageError(f"--stage is for --engine deepspeed, not for --engine {self.engine}")
         if self.replicas > 1 and self.engine != "fsdp2":
             raise UsageError(f"--replicas is for --engine fsdp2, not for --engine {self.engine}")
         if self.world_size % self.replicas:
             raise UsageError(f"--replicas {self.replicas} does not divide the {self.world_size} ranks of this job")
         if self.engine == "single" and self.world_size > 1:
             raise UsageError("--engine single is one process; add --world-size 1")
+
+    @property
+    def zero_stage(self) -> int | None:
+        """None where it is not DeepSpeed that trains."""
+        if self.engine != "deepspeed":
+            return None
+        return 3 if self.stage is None else self.stage

@@ -94,7 +94,7 @@ def job_of(grouping: Grouping, config: EstimateConfig, stage: int | None) -> Job
 
 def estimate(grouping: Grouping, config: EstimateConfig) -> tuple[list[Row], Forecast]:
     """A row for every optimizer, DistMuon's last, and what DistMuon costs."""
-    job = job_of(grouping, config, config.stage if config.engine == "deepspeed" else None)
+    job = job_of(grouping, config, config.zero_stage)
     options = Options(
         momentum_state=config.momentum_state,
         block_size=config.block_size,
@@ -107,7 +107,7 @@ def estimate(grouping: Grouping, config: EstimateConfig) -> tuple[list[Row], For
     except ValueError as error:
         raise UsageError(str(error)) from None
     # DeepSpeed's Muon where DeepSpeed is: the stage that is nearest to the engine.
-    stage = {"fsdp2": 3, "deepspeed": config.stage}.get(config.engine, 0)
+    stage = (3 if config.engine == "fsdp2" else 0) if config.zero_stage is None else config.zero_stage
     zero = job if job.stage == stage else job_of(grouping, config, stage)
     rows = [
         job.row("AdamW", adamw(job.calls, job.ranks)),
@@ -147,7 +147,7 @@ def describe(model: str, grouping: Grouping, config: EstimateConfig) -> str:
     total = sum(a.parameter.numel() for a in grouping)
     matrices = [a for a in grouping if a.algorithm == "muon"]
     elements = sum(a.parameter.numel() for a in matrices)
-    stage = f" ZeRO-{config.stage}" if config.engine == "deepspeed" else ""
+    stage = "" if config.zero_stage is None else f" ZeRO-{config.zero_stage}"
     replicas = f", {config.replicas} replicas" if config.replicas > 1 else ""
     return (
         f"{model}: {total:,} parameters, {elements:,} of them in {len(matrices)} matrices for Muon\n"

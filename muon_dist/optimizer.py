@@ -107,6 +107,10 @@ class DistMuon(torch.optim.Optimizer):
         process_group: ranks that hold plain tensors as replicas; the default group where torch.distributed is
             initialised.
 
+    Attributes:
+        observer: :class:`muon_dist.statistics.Observer`, statistics of the steps that are made while it is observing.
+        skipped_steps: how many steps ``nonfinite="skip"`` left out in this process.
+
     Raises:
         ValueError, TypeError: an option or a parameter that cannot be; the message names it and the fix.
     """
@@ -163,7 +167,7 @@ class DistMuon(torch.optim.Optimizer):
         self._process_group = process_group
         self._grouping = Grouping()
         self._skipped: Tensor | None = None  # a count on the device
-        self.observer = Observer()  # statistics of the steps that are made while it is observing
+        self.observer = Observer()
         muon = {
             "lr": lr,
             "momentum": momentum,

@@ -91,7 +91,8 @@ def test_what_peers_of_torch_keep_is_what_they_say() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("nano --stage 4", "--stage is 4"),
+        ("nano --engine deepspeed --stage 4", "--stage is 4"),
+        ("nano --stage 2", "--stage is for --engine deepspeed"),
         ("nano --engine single", "add --world-size 1"),
         ("nano --world-size 6 --replicas 4", "does not divide"),
         ("/nowhere/config.json", "is no preset"),
