@@ -214,6 +214,8 @@ class DistMuon(torch.optim.Optimizer):
         pipelines = self._connect(binding)
         for shard in binding.shards:
             shard.require_gradient_fits()
+        for shard in binding.shards:
+            shard.settle_gradient()
         if self._options.nonfinite != "propagate" and self._is_to_be_skipped(binding):
             return loss
         with _current(binding.device):
