@@ -294,7 +294,11 @@ def test_what_cannot_be_cut_into_matrices_is_refused_by_name() -> None:
     run_ranks(2, check)
 
 
-def test_patterns_are_found_in_order() -> None:
+def test_names_and_patterns_do_not_see_wrappers() -> None:
     forms = Forms({"a.*": (1, 3), "*": (2, 2)})
-    assert forms.of("a.w", (4, 4)).splits == (1, 3)
+    assert forms.of("a.w", (4, 4)).splits == (1, 3)  # the first that fits
     assert forms.of("b.w", (4, 4)).splits == (2, 2)
+    for wrapper in ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "module._orig_mod."):
+        assert forms.of(f"{wrapper}a.w", (4, 4)).splits == (1, 3)
+        (head,) = DistMuon([(f"{wrapper}output.weight", nn.Parameter(torch.ones(4, 4)))]).grouping()
+        assert head.algorithm == "adamw"
