@@ -47,9 +47,9 @@ _EMBEDDING_MODULES = frozenset(
 _HEAD_MODULES = frozenset(["lm_head", "embed_out", "output_layer", "unembed", "head", "classifier", "score"])
 # Names that mean the same only at the top of a model: torchtitan's output head, T5's embedding.
 _TOP_HEADS = frozenset({"output.weight", "model.output.weight"})
+_TOP_EMBEDDINGS = frozenset({"shared.weight", "model.shared.weight"})
 # What parameters are marked with when they are flattened together.
 _FLATTENED = ("_fsdp_flattened", "_is_flat_param")
-_TOP_EMBEDDINGS = frozenset({"shared.weight", "model.shared.weight"})
 
 
 @dataclass(frozen=True)

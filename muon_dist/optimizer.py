@@ -244,6 +244,8 @@ class DistMuon(torch.optim.Optimizer):
             shard.require_gradient_fits()
         for shards, watch in replicated:
             watch.require_same(frozenset(shard.name for shard in shards if not shard.has_gradient), _NO_GRADIENT)
+        for shard in binding.shards:
+            shard.settle_gradient()
         with _current(binding.device), self.observer.step(binding.device) as observed:
             taken = self._judge(binding)
             update_adamw = partial(binding.update_adamw, taken)

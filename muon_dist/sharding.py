@@ -223,15 +223,19 @@ def require_gradient_fits(parameter: Tensor, name: str) -> None:
         raise ValueError(f"{name} lies on {meshes[0]} but its gradient on {meshes[1]}; give both the same mesh")
 
 
-def local_gradient(parameter: Tensor) -> Tensor | None:
-    """This rank's part of ``parameter.grad``, laid out as the parameter's own; None where there is no gradient."""
+def settle_gradient(parameter: Tensor) -> None:
+    """Gives ``parameter.grad`` the parameter's placements: sequence parallelism leaves the gradients of replicated
+    parameters as partial sums. Collective on the mesh, so before ranks go on to the pieces that each of them has."""
     gradient = parameter.grad
-    if gradient is None:
-        return None
     if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
-        # Sequence parallelism leaves the gradients of replicated parameters as partial sums.
-        gradient = gradient.redistribute(placements=parameter.placements)
-    part = local(gradient)
+        parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """This rank's part of ``parameter.grad``; None where there is no gradient."""
+    if parameter.grad is None:
+        return None
+    part = local(parameter.grad)
     return part.wait() if isinstance(part, AsyncCollectiveTensor) else part
 
 

@@ -28,6 +28,7 @@ from muon_dist.sharding import (
     local,
     local_gradient,
     require_gradient_fits,
+    settle_gradient,
     unsupported_placement,
 )
 from muon_dist.state import StateLayout, flat_layout, sharded_layout
@@ -73,6 +74,10 @@ class Shard(ABC):
     @abstractmethod
     def require_gradient_fits(self) -> None:
         """Raises ValueError for a gradient that cannot be read."""
+
+    @abstractmethod
+    def settle_gradient(self) -> None:
+        """Makes the gradient lie as the weight does. Collective on ``ranks``."""
 
     @abstractmethod
     def geometries(self, form: Form) -> tuple[Geometry, ...]:
@@ -152,6 +157,9 @@ class TensorShard(Shard):
     def require_gradient_fits(self) -> None:
         require_gradient_fits(self.parameter, self.name)
 
+    def settle_gradient(self) -> None:
+        settle_gradient(self.parameter)
+
     def geometries(self, form: Form) -> tuple[Geometry, ...]:
         if len(form.shape) < len(self.shape):
             if not folds(self.shape, self.home):
@@ -227,6 +235,9 @@ class FlatShard(Shard):
 
     def require_gradient_fits(self) -> None:
         """It lies in the engine's buffer, as the weight does."""
+
+    def settle_gradient(self) -> None:
+        """Nothing to do: engines with flat buffers add up gradients themselves."""
 
     def geometries(self, form: Form) -> tuple[Geometry, ...]:
         return _flat_geometries(form, self.runs)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from muon_dist import DistMuon
@@ -22,6 +22,7 @@ from muon_dist.regions import Box
 from tests.ranks import run_ranks
 
 STEPS = 3
+Place = Callable[[Tensor], Tensor]
 SHAPES: dict[str, tuple[int, ...]] = {
     "experts.down": (5, 12, 20),
     "experts.gate_up": (3, 28, 16),
@@ -47,12 +48,14 @@ def values(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def train(layout: Callable[[Tensor], Tensor], **options: Any) -> tuple[dict[str, nn.Parameter], DistMuon]:
+def train(
+    layout: Place, layout_of_gradients: Place | None = None, **options: Any
+) -> tuple[dict[str, nn.Parameter], DistMuon]:
     parameters = {name: nn.Parameter(layout(value)) for name, value in values(0).items()}
     optimizer = DistMuon(list(parameters.items()), splits=SPLITS, wire="fp32", chunk_bytes=5000, **options)
     for step in range(STEPS):
         for name, gradient in values(1 + step).items():
-            parameters[name].grad = layout(gradient)
+            parameters[name].grad = (layout_of_gradients or layout)(gradient)
         optimizer.step()
     return parameters, optimizer
 
@@ -70,11 +73,11 @@ def train_separately(**options: Any) -> dict[str, list[Tensor]]:
     return {name: [p.detach() for p in found] for name, found in parameters.items()}
 
 
-def placed(mesh_shape: tuple[int, ...], *placements: Placement) -> Callable[[], Callable[[Tensor], Tensor]]:
+def placed(mesh_shape: tuple[int, ...], *placements: Placement) -> Callable[[], Place]:
     return lambda: lambda t: distribute_tensor(t, init_device_mesh("cpu", mesh_shape), placements)
 
 
-def tensor_parallel() -> Callable[[Tensor], Tensor]:
+def tensor_parallel() -> Place:
     """Rows cut by tensor parallelism, then by FSDP2, whose mesh dimension comes first."""
     mesh = init_device_mesh("cpu", (2, 2))
     fsdp, tp = mesh.get_coordinate()  # type: ignore[misc]
@@ -89,13 +92,13 @@ def tensor_parallel() -> Callable[[Tensor], Tensor]:
     return place
 
 
-def inside_experts() -> Callable[[Tensor], Tensor]:
+def inside_experts() -> Place:
     mesh = init_device_mesh("cpu", (2,))
     return lambda t: distribute_tensor(t, mesh, [Shard(2 if t.ndim == 3 and t.shape[2] > 2 else 0)])
 
 
 # Ranks, layout, and whether rows are whole: else blocks are others, and only fp32 is the same to the bit.
-LAYOUTS: dict[str, tuple[int, Callable[[], Callable[[Tensor], Tensor]], bool]] = {
+LAYOUTS: dict[str, tuple[int, Callable[[], Place], bool]] = {
     "single": (1, lambda: torch.clone, True),
     "fsdp x2": (2, placed((2,), Shard(0)), True),
     "fsdp x3": (3, placed((3,), Shard(0)), True),
@@ -131,6 +134,27 @@ def test_a_parameter_trains_as_its_matrices_on_their_own(name: str, references: 
                     assert torch.equal(ours, theirs), (state, key, i)
 
     run_ranks(ranks, check)
+
+
+def test_partial_sums_are_added_up_on_ranks_that_hold_less(references: Any) -> None:
+    """Sequence parallelism leaves gradients of replicated parameters so. Of three ranks the last holds no piece of some
+    matrices, and has to take part."""
+
+    def check(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (3,))
+
+        def replicated(t: Tensor) -> Tensor:
+            return DTensor.from_local(t.clone(), mesh, [Replicate()])
+
+        def partial(t: Tensor) -> Tensor:
+            return DTensor.from_local(t * [2.0, -1.0, 0.0][rank], mesh, [Partial()])
+
+        parameters, _ = train(replicated, partial, momentum_state="fp32")
+        for key, p in parameters.items():
+            for ours, theirs in zip(separate(key, whole(p)), references["fp32"][key], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+    run_ranks(3, check)
 
 
 @pytest.mark.parametrize("state", ["lowrank4", "grasp4"])
@@ -270,7 +294,11 @@ def test_what_cannot_be_cut_into_matrices_is_refused_by_name() -> None:
     run_ranks(2, check)
 
 
-def test_patterns_are_found_in_order() -> None:
+def test_names_and_patterns_do_not_see_wrappers() -> None:
     forms = Forms({"a.*": (1, 3), "*": (2, 2)})
-    assert forms.of("a.w", (4, 4)).splits == (1, 3)
+    assert forms.of("a.w", (4, 4)).splits == (1, 3)  # the first that fits
     assert forms.of("b.w", (4, 4)).splits == (2, 2)
+    for wrapper in ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "module._orig_mod."):
+        assert forms.of(f"{wrapper}a.w", (4, 4)).splits == (1, 3)
+        (head,) = DistMuon([(f"{wrapper}output.weight", nn.Parameter(torch.ones(4, 4)))]).grouping()
+        assert head.algorithm == "adamw"

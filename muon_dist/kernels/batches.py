@@ -34,6 +34,7 @@ class AccumulateBatch:
     def __init__(self, taken: Tensor | None = None) -> None:
         self._taken = taken
         self._pieces: dict[Key, list[list[int]]] = {}
+        self._gradients: list[Tensor] = []  # one may be a copy that nobody else keeps until the launch
         self._maps: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}
 
     def take(self, gradient: Tensor, momentum: Encoded, packed: Encoded, beta: float, nesterov: bool) -> bool:
@@ -44,6 +45,7 @@ class AccumulateBatch:
             return False
         key = (gradient.device, gradient.dtype, momentum.format, packed.format, block, beta, nesterov)
         self._pieces.setdefault(key, []).append(row)
+        self._gradients.append(gradient)
         self._maps[key] = map_of(momentum, packed)
         return True
 
