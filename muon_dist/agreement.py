@@ -81,7 +81,7 @@ class Watch:
                 largest, negated_smallest = extremes.tolist()
             if largest != -negated_smallest:
                 self._raise(last, what)
-        fingerprint = int.from_bytes(hashlib.sha256("\n".join(sorted(names)).encode()).digest()[:7])
+        fingerprint = int.from_bytes(hashlib.sha256("\n".join(sorted(names)).encode()).digest()[:7], "big")
         with self._streams.stream(self._side):
             extremes = torch.tensor([fingerprint, -fingerprint], device=self._device)
             started: Any = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
