@@ -36,7 +36,7 @@ from muon_dist.wire import WireFormat
 if kernels.HAS_TRITON:
     from muon_dist.kernels import batches
     from muon_dist.kernels import momentum as momentum_kernels
-    from muon_dist.kernels.batches import AccumulateBatch, ApplyBatch
+    from muon_dist.kernels.batches import AccumulateBatch, ApplyBatch, Place
 
 # Factor on an orthogonal update, by outputs and inputs of the matrix. Its RMS is 1/sqrt(max(outputs, inputs)) before.
 UPDATE_SCALES: dict[UpdateScale, Callable[[int, int], float]] = {
@@ -107,18 +107,18 @@ class MuonMatrix:
             taken: whether the step is, as ``MuonWork`` has it.
             batch, stacks: may take the work, to be launched later; the first is None if there are no kernels.
         """
-        g = self.gradient(rect)
-        if g is None:
+        whole = self.shard.gradient()
+        if whole is None:
             packed.zero_()  # zeros in every wire format
             return
+        place = self._place_of_gradient(rect, whole, wire, packed) if batch is not None else None
+        if batch is not None and place is not None and batch.take(place, whole, packed, *self._decays):
+            return
+        g = self._piece(whole, rect)
         codec, buffers = self.stored(rect)
         if not codec.row_wise and g.device == packed.device:
             stacks.take(codec, Member(g, buffers, packed), *self._decays)
             return
-        if batch is not None and g.device == packed.device:
-            momentum, out = codec.for_kernels(buffers), wire.for_kernels(packed, *g.shape)
-            if kernels.fit(g.shape, momentum, out) and batch.take(g, momentum, out, *self._decays):
-                return
         with on_device(buffers, packed.device, taken) as here:
             self._accumulate(g.to(packed.device, non_blocking=True), codec, here, wire, packed)
 
@@ -146,11 +146,11 @@ class MuonMatrix:
         """Decays and updates the rectangle ``rect`` of the parameter; without a gradient it stays as it is."""
         if not self.shard.has_gradient:
             return
-        part = self._cut(self.shard.weight().view(self._here.size), self._box(rect))
-        if batch is not None and part.device == packed.device:
-            update = wire.back.for_kernels(packed, *part.shape)
-            if kernels.fit(part.shape, update) and batch.take(part, update, *self.factors):
-                return
+        whole = self.shard.weight()
+        place = self._place_of_weight(rect, whole, wire, packed) if batch is not None else None
+        if batch is not None and place is not None and batch.take(place, whole, packed, *self.factors):
+            return
+        part = self._piece(whole, rect)
         with on_device({"weight": part}, packed.device, taken) as here:
             self._apply(here["weight"], wire, packed)
 
@@ -182,8 +182,8 @@ class MuonMatrix:
 
     def gradient(self, rect: Rect) -> Tensor | None:
         """Of a piece, [rows, cols]; None where there is none."""
-        gradient = self.shard.gradient()
-        return None if gradient is None else self._cut(gradient.reshape(self._here.size), self._box(rect))
+        whole = self.shard.gradient()
+        return None if whole is None else self._piece(whole, rect)
 
     def stored(self, rect: Rect) -> tuple[Codec, dict[str, Tensor]]:
         """The momentum of a piece, which is all that this rank has of the matrix: its codec and its buffers."""
@@ -199,10 +199,48 @@ class MuonMatrix:
         """What of the tables this rank has."""
         return as_tables(self.shard.region(self.form))
 
-    def _cut(self, tables: Tensor, box: Box) -> Tensor:
-        """A piece, [rows, cols], out of what this rank has."""
-        table, rows, cols = box.slices_in(self._here)
-        return tables[table.start, rows, cols]
+    def _piece(self, whole: Tensor, rect: Rect) -> Tensor:
+        """[rows, cols], out of the gradient or weight that this rank has."""
+        table, rows, cols = self._box(rect).slices_in(self._here)
+        return whole.reshape(self._here.size)[table.start, rows, cols]
+
+    def _place_of_gradient(self, rect: Rect, whole: Tensor, wire: WireFormat, packed: Tensor) -> Place | None:
+        """Of a piece, for a launch of many; None where kernels take it alone, or not at all."""
+
+        def find() -> Place | None:
+            piece, (codec, buffers) = self._piece(whole, rect), self.stored(rect)
+            if not codec.row_wise or whole.device != packed.device:
+                return None
+            travelling = wire.for_kernels(packed, *piece.shape)
+            return Place.of(whole, piece, packed, travelling, codec.for_kernels(buffers))
+
+        return self._found_once("gradient", rect, whole, self.momentum.addresses(self.shard.state), find)
+
+    def _place_of_weight(self, rect: Rect, whole: Tensor, wire: WireFormat, packed: Tensor) -> Place | None:
+        """The same for apply."""
+
+        def find() -> Place | None:
+            piece = self._piece(whole, rect)
+            if whole.device != packed.device:
+                return None
+            return Place.of(whole, piece, packed, wire.back.for_kernels(packed, *piece.shape))
+
+        return self._found_once("weight", rect, whole, (), find)
+
+    def _found_once(
+        self, kind: str, rect: Rect, whole: Tensor, stored: tuple[int, ...], find: Callable[[], Place | None]
+    ) -> Place | None:
+        """What ``find`` says, until ``whole`` is laid out otherwise or what is stored lies elsewhere: finding a place
+        costs the host more than all else that it does for a piece."""
+        seen = (whole.device, whole.dtype, whole.stride(), *stored)
+        known = self._places.get((kind, rect))
+        if known is None or known[0] != seen:
+            known = self._places[kind, rect] = seen, find()
+        return known[1]
+
+    @cached_property
+    def _places(self) -> dict[tuple[str, Rect], tuple[tuple[object, ...], Place | None]]:
+        return {}
 
 
 @dataclass(frozen=True)

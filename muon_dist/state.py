@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,10 +109,14 @@ class StoredTensor:
                 part = torch.zeros(spec.shape, dtype=spec.dtype, device=layout.device)
                 state[self._entry(buffer)] = wrap_local(part, whole[buffer].shape, layout.mesh, layout.placements)
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, str]:
         """Their names in the parameter's state, by the codec's."""
         return {buffer: self._entry(buffer) for buffer in self.codec.buffers(self.layout.local_shape)}
+
+    def addresses(self, state: MutableMapping[str, Any]) -> tuple[int, ...]:
+        """Of this rank's buffers: while they are the same, so are the buffers."""
+        return tuple(local(state[entry]).data_ptr() for entry in self.entries.values())
 
     def buffers(self, state: MutableMapping[str, Any]) -> dict[str, Tensor]:
         """This rank's buffers, by the codec's names."""

@@ -92,14 +92,16 @@ class EncodedWire:
         return self.codec.for_kernels(self._buffers(packed, rows, cols))
 
     def pack(self, pieces: Tensor, out: Tensor) -> None:
-        for piece, packed in zip(pieces, out, strict=True):  # one by one: what is fp32 at a time stays small
-            self.codec.encode(piece, self._buffers(packed, *piece.shape[-2:]))
+        count = _at_a_time(out)
+        for some, packed in zip(pieces.split(count), out.split(count), strict=True):
+            self.codec.encode(some, self._buffers(packed, *pieces.shape[-2:]))
 
     def unpack(self, packed: Tensor, rows: int, cols: int) -> Tensor:
         # Codes have fewer digits than bf16.
         pieces = torch.empty((*packed.shape[:-1], rows, cols), dtype=torch.bfloat16, device=packed.device)
-        for piece, encoded in zip(pieces, packed, strict=True):
-            self.codec.decode(self._buffers(encoded, rows, cols), cols, out=piece)
+        count = _at_a_time(packed)
+        for some, encoded in zip(pieces.split(count), packed.split(count), strict=True):
+            self.codec.decode(self._buffers(encoded, rows, cols), cols, out=some)
         return pieces
 
     def view(self, packed: Tensor, rows: int, cols: int) -> None:
@@ -121,6 +123,11 @@ def wire_format(name: Wire) -> WireFormat:
     if name == "nf4":
         return EncodedWire(make_codec("nf4", _BLOCK))
     return FloatWire(torch.float32 if name == "fp32" else torch.bfloat16)
+
+
+def _at_a_time(packed: Tensor) -> int:
+    """Pieces to encode or decode: one on CPU, so that what is fp32 meanwhile stays small; kernels take all at once."""
+    return 1 if packed.device.type == "cpu" else max(1, len(packed))
 
 
 def _aligned(nbytes: int) -> int:

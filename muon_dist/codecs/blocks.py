@@ -68,17 +68,17 @@ class BlockCodec(RowWise):
         raise NotImplementedError
 
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
-        if (stored := self._as_matrix(buffers, values.shape[-1])) is not None:
-            recode.encode(values.contiguous().view(-1, values.shape[-1]), stored)
+        if (stored := self._for_recode(buffers, values.shape[-1])) is not None:
+            recode.encode(values.contiguous().view(*stored.shape, values.shape[-1]), stored)
         else:
             self._encode(values.float().contiguous(), buffers)
 
     def decode(self, buffers: Mapping[str, Tensor], cols: int, out: Tensor | None = None) -> Tensor:
         codes = buffers["codes"]
-        if (stored := self._as_matrix(buffers, cols)) is not None:
+        if (stored := self._for_recode(buffers, cols)) is not None:
             if out is None:
                 out = torch.empty((*codes.shape[:-1], cols), dtype=torch.float32, device=codes.device)
-            recode.decode(stored, out.view(-1, cols))
+            recode.decode(stored, out.view(*stored.shape, cols))
             return out
         values = self._decode(buffers, cols)
         return values if out is None else out.copy_(values)
@@ -91,14 +91,14 @@ class BlockCodec(RowWise):
         """``decode`` in plain torch, into new memory."""
         raise NotImplementedError
 
-    def _as_matrix(self, buffers: Mapping[str, Tensor], cols: int) -> Encoded | None:
-        """What is stored as kernels take it, as one tall matrix; None where there are none for it."""
+    def _for_recode(self, buffers: Mapping[str, Tensor], cols: int) -> Encoded | None:
+        """What is stored as kernels take it, ``[n, rows, ...]``; None where there are none for it."""
         codes = buffers["codes"]
-        if (
-            not kernels.usable_on(codes.device)
-            or not codes.numel()
-            or not all(b.is_contiguous() for b in buffers.values())
-        ):
+        if not kernels.usable_on(codes.device) or not codes.numel():
             return None
-        stored = self.for_kernels({key: buffer.view(-1, buffer.shape[-1]) for key, buffer in buffers.items()})
-        return stored if kernels.fit((codes.shape[:-1].numel(), cols), stored) else None
+        if all(buffer.is_contiguous() for buffer in buffers.values()):
+            buffers = {key: buffer.view(1, -1, buffer.shape[-1]) for key, buffer in buffers.items()}
+        elif codes.ndim != 3 or not all(buffer[0].is_contiguous() for buffer in buffers.values()):
+            return None
+        stored = self.for_kernels(buffers)
+        return stored if kernels.fit((*stored.shape[1:], cols), stored) else None

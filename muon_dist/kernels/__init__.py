@@ -66,6 +66,11 @@ class Encoded(NamedTuple):
         return elements, scales, levels, borders, elements if starts is None else starts
 
     @property
+    def shape(self) -> torch.Size:
+        """Of the buffers, but for columns."""
+        return self.pointers[0].shape[:-1]
+
+    @property
     def of_columns(self) -> Tensor:
         """The scales of columns; the elements stand in for them in formats without."""
         return self.buffers.get("col_scales", self.pointers[0])

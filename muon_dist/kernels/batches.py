@@ -6,15 +6,16 @@ go through ``kernels/momentum.py`` one by one, which computes the same.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from muon_dist.kernels import Encoded, map_of
+from muon_dist.kernels import Encoded, fit, map_of
 from muon_dist.kernels.table import (
     FORMATS,
     Key,
-    addresses,
     aligned,
     bits,
     common_block,
@@ -28,6 +29,57 @@ from muon_dist.kernels.table import (
 from muon_dist.kernels.tiles import load_tile, store_tile
 
 
+class Place(NamedTuple):
+    """What a row of the table says of a piece in every step, whatever memory the step's tensors have.
+
+    Attributes:
+        alike: pieces of which this is the same can share a launch.
+        maps: levels, borders and starts.
+        blocks: of the piece.
+        in_whole: bytes from the start of the gradient or weight that the piece is cut out of.
+        stored: addresses of the momentum's elements and scales; none for apply.
+        in_packed: bytes from the start of the piece that travels to its elements and its scales.
+    """
+
+    alike: Key
+    maps: tuple[Tensor, Tensor, Tensor]
+    blocks: int
+    in_whole: int
+    stored: tuple[int, ...]
+    in_packed: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, whole: Tensor, piece: Tensor, packed: Tensor, travelling: Encoded, momentum: Encoded | None = None
+    ) -> Place | None:
+        """None where a piece cannot share a launch.
+
+        Args:
+            whole: the gradient or the weight.
+            piece: [rows, cols] out of it.
+            packed: the bytes that travel, uint8, and ``travelling`` what they are.
+        """
+        values = (travelling,) if momentum is None else (momentum, travelling)
+        block = common_block(piece, *values)
+        is_view = piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        if not block or not is_view or not fit(piece.shape, *values):
+            return None
+        alike = (piece.device, piece.dtype, *(value.format for value in values), block)
+        stored = () if momentum is None else tuple(pointer.data_ptr() for pointer in momentum.pointers[:2])
+        in_packed = tuple(pointer.data_ptr() - packed.data_ptr() for pointer in travelling.pointers[:2])
+        in_whole = piece.data_ptr() - whole.data_ptr()
+        if not aligned([*stored, *in_packed]):
+            return None
+        return cls(alike, map_of(*values), piece.numel() // block, in_whole, stored, in_packed)
+
+    def row(self, whole: Tensor, packed: Tensor) -> list[int] | None:
+        """Of the table in this step; None where memory is not aligned."""
+        address, start = whole.data_ptr() + self.in_whole, packed.data_ptr()
+        if address % 16 or start % 16:
+            return None
+        return [self.blocks, address, *self.stored, *(start + offset for offset in self.in_packed)]
+
+
 class AccumulateBatch:
     """Collects pieces for ``momentum.accumulate``; ``taken`` as for ``table_on``."""
 
@@ -37,16 +89,15 @@ class AccumulateBatch:
         self._gradients: list[Tensor] = []  # one may be a copy that nobody else keeps until the launch
         self._maps: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def take(self, gradient: Tensor, momentum: Encoded, packed: Encoded, beta: float, nesterov: bool) -> bool:
-        """Whether the piece is taken; arguments are those of ``momentum.accumulate``."""
-        block = common_block(gradient, momentum, packed)
-        row = [gradient.numel() // block if block else 0, *addresses(gradient, momentum, packed)]
-        if not block or not aligned(row[1:]):
+    def take(self, place: Place, gradient: Tensor, packed: Tensor, beta: float, nesterov: bool) -> bool:
+        """Whether the piece is taken; ``gradient`` is the whole that it is cut out of."""
+        row = place.row(gradient, packed)
+        if row is None:
             return False
-        key = (gradient.device, gradient.dtype, momentum.format, packed.format, block, beta, nesterov)
+        key = (*place.alike, beta, nesterov)
         self._pieces.setdefault(key, []).append(row)
         self._gradients.append(gradient)
-        self._maps[key] = map_of(momentum, packed)
+        self._maps[key] = place.maps
         return True
 
     def launch(self) -> None:
@@ -74,15 +125,13 @@ class ApplyBatch:
         self._pieces: dict[Key, list[list[int]]] = {}
         self._levels: dict[Key, Tensor] = {}
 
-    def take(self, weight: Tensor, update: Encoded, decay: float, factor: float) -> bool:
-        """Whether the piece is taken; arguments are those of ``momentum.apply``."""
-        block = common_block(weight, update)
-        row = [weight.numel() // block if block else 0, *addresses(weight, update), bits(decay), bits(factor)]
-        if not block or not aligned(row[1:-2]):
+    def take(self, place: Place, weight: Tensor, packed: Tensor, decay: float, factor: float) -> bool:
+        """Whether the piece is taken; ``weight`` is the whole that it is cut out of."""
+        row = place.row(weight, packed)
+        if row is None:
             return False
-        key = (weight.device, weight.dtype, update.format, block)
-        self._pieces.setdefault(key, []).append(row)
-        self._levels[key] = update.pointers[2]
+        self._pieces.setdefault(place.alike, []).append([*row, bits(decay), bits(factor)])
+        self._levels[place.alike] = place.maps[0]
         return True
 
     def launch(self) -> None:

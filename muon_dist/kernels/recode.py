@@ -14,15 +14,28 @@ from muon_dist.kernels.tiles import Tiling, load_tile, store_tile, tile_of
 
 
 def encode(values: Tensor, stored: Encoded) -> None:
-    """Writes ``values`` ([rows, cols], contiguous, any floating-point type) into ``stored``."""
-    tiling = Tiling.of(values, stored)
-    _encode[tiling.grid](values, *stored.pointers, *tiling.shape, FORMAT=stored.format, **tiling.constants)
+    """Writes ``values`` ([n, rows, cols], contiguous, any floating-point type) into ``stored``.
+
+    Args:
+        stored: buffers of [n, rows, ...], each of the n contiguous, at any distance from the next.
+    """
+    tiling = Tiling.of(values[0], stored)
+    _encode[(*tiling.grid, len(values))](
+        values, *stored.pointers, *tiling.shape, *_strides(stored), FORMAT=stored.format, **tiling.constants
+    )
 
 
 def decode(stored: Encoded, out: Tensor) -> None:
-    """Reads ``stored`` into ``out`` ([rows, cols], contiguous, any floating-point type)."""
-    tiling = Tiling.of(out, stored)
-    _decode[tiling.grid](out, *stored.pointers[:3], *tiling.shape, FORMAT=stored.format, **tiling.constants)
+    """Reads ``stored`` into ``out`` ([n, rows, cols], contiguous, any floating-point type); buffers as for encode."""
+    tiling = Tiling.of(out[0], stored)
+    _decode[(*tiling.grid, len(out))](
+        out, *stored.pointers[:3], *tiling.shape, *_strides(stored), FORMAT=stored.format, **tiling.constants
+    )
+
+
+def _strides(stored: Encoded) -> list[int]:
+    """From one of the n to the next, of elements and of scales."""
+    return [pointer.stride(0) for pointer in stored.pointers[:2]]
 
 
 @triton.jit
@@ -38,11 +51,15 @@ def _encode(
     stride,
     blocks,
     numel,
+    elements_stride,
+    scales_stride,
     FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    i = tl.program_id(2).to(tl.int64)
+    values, elements, scales = values + i * numel, elements + i * elements_stride, scales + i * scales_stride
     there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     x = tl.load(values + there, mask=mask, other=0).to(tl.float32)
     store_tile(x, elements, scales, borders, starts, place, mask, scale_place, scale_mask, FORMAT)
@@ -59,11 +76,15 @@ def _decode(
     stride,
     blocks,
     numel,
+    elements_stride,
+    scales_stride,
     FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    i = tl.program_id(2).to(tl.int64)
+    out, elements, scales = out + i * numel, elements + i * elements_stride, scales + i * scales_stride
     there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     x = load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, FORMAT)
     tl.store(out + there, x, mask=mask)
