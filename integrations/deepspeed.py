@@ -30,9 +30,10 @@ from muon_dist import checkpoint
 from muon_dist.agreement import require_none
 from muon_dist.binding import Binding, named, tensor_shards
 from muon_dist.checkpoint.pieces import pieces_of
+from muon_dist.connections import Connections
 from muon_dist.integrations.deepspeed_files import DESCRIPTION, StoredPiece, description_of
 from muon_dist.integrations.zero import Buffer, Partition, partitions, stage_of
-from muon_dist.optimizer import Connections, DistMuon
+from muon_dist.optimizer import DistMuon
 from muon_dist.shards import Shard
 
 OLDEST = (0, 19)
@@ -149,7 +150,7 @@ class DistOrthogonal(DistMuon):
             self._require_whole_steps(binding)
             problems = [partition.problem for partition in self._partitions() if partition.problem]
             for ranks in binding.domains():
-                require_none(problems, self._group_of(ranks), "the layout of DeepSpeed's buffers is not understood")
+                require_none(problems, self._groups.of(ranks), "the layout of DeepSpeed's buffers is not understood")
         return super()._connect(binding)
 
     def _require_whole_steps(self, binding: Binding) -> None:

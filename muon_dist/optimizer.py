@@ -18,20 +18,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from muon_dist.agreement import Watch, all_finite, nonfinite_names, require_same
+from muon_dist.agreement import all_finite, nonfinite_names
 from muon_dist.binding import Binding, Signature, bind, named, signature, tensor_shards
+from muon_dist.connections import Connections, ProcessGroups, connect
 from muon_dist.describe import describe
 from muon_dist.forms import Forms
 from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
-from muon_dist.muon import MuonWork
 from muon_dist.options import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_CHUNK_BYTES,
@@ -45,21 +45,12 @@ from muon_dist.options import (
     UpdateScale,
     Wire,
 )
-from muon_dist.pipeline import Pipeline
-from muon_dist.plan import Plan, make_plan
+from muon_dist.plan import Plan
 from muon_dist.polar import schedule
 from muon_dist.sharding import local
 from muon_dist.shards import Shard
 from muon_dist.state_dict import require_matching, require_same_members
 from muon_dist.statistics import Observer
-from muon_dist.wire import wire_format
-
-
-class Connections(NamedTuple):
-    """What a binding has with other ranks."""
-
-    pipelines: list[tuple[Pipeline, MuonWork]]
-    replicated: list[tuple[list[Shard], Watch]]  # over the same ranks
 
 
 class DistMuon(torch.optim.Optimizer):
@@ -162,7 +153,6 @@ class DistMuon(torch.optim.Optimizer):
             forms=Forms(splits or {}, transposed),
         )
         self._schedule = schedule(polar, polar_steps)
-        self._wire = wire_format(wire)
         self._overrides = overrides
         self._process_group = process_group
         self._grouping = Grouping()
@@ -180,7 +170,7 @@ class DistMuon(torch.optim.Optimizer):
         self._defaults = Defaults(muon, {**muon, "lr": adamw_lr, "weight_decay": adamw_weight_decay})
         self._bindings: dict[Signature, Binding] = {}
         self._connections: dict[Signature, Connections] = {}
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._groups = ProcessGroups()
         super().__init__(params, muon)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -323,38 +313,12 @@ class DistMuon(torch.optim.Optimizer):
             del self.state[orphan]
 
     def _connect(self, binding: Binding) -> Connections:
-        """Process groups, agreement, plans and pipelines of a binding. Collective, once for each binding."""
-        if binding.signature in self._connections:
-            return self._connections[binding.signature]
-        connections = Connections([], [])
-        for ranks, matrices in binding.domains().items():
-            group = self._group_of(ranks)
-            if group is not None:
-                require_same(self._describe(binding, ranks), group)
-                if replicated := [shard for shard in binding.shards if shard.ranks == ranks and shard.is_replicated]:
-                    connections.replicated.append((replicated, Watch(group, binding.device)))
-            if matrices:
-                plan = make_plan([m.matrix for m in matrices], len(ranks), self._wire, self._options.chunk_bytes)
-                work = MuonWork(
-                    matrices, self._wire, self._schedule, self._options.polar_form, self._options.polar_dtype
-                )
-                connections.pipelines.append((Pipeline(plan, self._wire, group, binding.device), work))
-        self._connections[binding.signature] = connections
-        return connections
-
-    def _group_of(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """The optimizer's own process group of ``ranks``, so that its collectives never queue behind the engine's."""
-        if len(ranks) == 1:
-            return None
-        if ranks not in self._groups:
-            self._groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-        return self._groups[ranks]
-
-    def _describe(self, binding: Binding, ranks: tuple[int, ...]) -> list[str]:
-        """What all of ``ranks`` must have alike: options, and parameters with their layouts and groups."""
-        options = {id(g): {key: g[key] for key in ("algorithm", *GROUP_OPTIONS)} for g in self.param_groups}
-        shards = [shard for shard in binding.shards if shard.ranks == ranks]
-        return [repr(self._options), *(f"{shard.description} {options[id(shard.group)]}" for shard in shards)]
+        """The connections of a binding. Collective, once for each binding."""
+        if binding.signature not in self._connections:
+            self._connections[binding.signature] = connect(
+                binding, self.param_groups, self._options, self._schedule, self._groups
+            )
+        return self._connections[binding.signature]
 
     def _judge(self, binding: Binding) -> Tensor | None:
         """Whether this step is taken: a bool on the device, the same on all ranks, for which the host does not wait; or
@@ -370,7 +334,7 @@ class DistMuon(torch.optim.Optimizer):
             for shard in binding.shards
             if (gradient := shard.gradient()) is not None and gradient.numel()
         ]
-        groups = [group for ranks in binding.domains() if (group := self._group_of(ranks))]
+        groups = [group for ranks in binding.domains() if (group := self._groups.of(ranks))]
         taken = all_finite([gradient for _, gradient in gradients], groups, binding.device)
         if self._options.nonfinite == "skip":
             self._skipped = ~taken + (0 if self._skipped is None else self._skipped)
