@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from muon_dist.forecast import Forecast, forecast
-from muon_dist.grouping import Grouping, assign
+from muon_dist.grouping import Assignment, Grouping, assign
 from muon_dist.integrations.zero_runs import calls_of_stage
 from muon_dist.launch.config import EstimateConfig, UsageError
-from muon_dist.launch.peers import Calls, adamw, adamw8bit, deepspeed_muon, fp32_muon
+from muon_dist.launch.peers import Calls, adamw, adamw8bit, deepspeed_muon, fp32_muon, in_deepspeeds_order
 from muon_dist.launch.shapes import read_shapes
 from muon_dist.memory import parts
 from muon_dist.options import Options
@@ -79,7 +79,7 @@ class Job:
         return row if workspace else dataclasses.replace(row, workspace=None)
 
 
-def job_of(grouping: Grouping, config: EstimateConfig, stage: int | None) -> Job:
+def job_of(grouping: Iterable[Assignment], config: EstimateConfig, stage: int | None) -> Job:
     """The job of ``config``, or the same under ZeRO at ``stage``."""
     if stage is not None:
         # Vectors share AdamW's group unless embeddings are decayed, which they are not by default.
@@ -108,7 +108,7 @@ def estimate(grouping: Grouping, config: EstimateConfig) -> tuple[list[Row], For
         raise UsageError(str(error)) from None
     # DeepSpeed's Muon where DeepSpeed is: the stage that is nearest to the engine.
     stage = (3 if config.engine == "fsdp2" else 0) if config.zero_stage is None else config.zero_stage
-    zero = job if job.stage == stage else job_of(grouping, config, stage)
+    zero = job_of(in_deepspeeds_order(grouping), config, stage)
     rows = [
         job.row("AdamW", adamw(job.calls, job.ranks)),
         job.row("AdamW, 8-bit (bitsandbytes)", adamw8bit(job.calls, job.ranks)),

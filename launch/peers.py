@@ -6,7 +6,7 @@ Each keeps its state as the parameters lie; replicas repeat it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from muon_dist.grouping import Assignment
@@ -61,6 +61,13 @@ def deepspeed_muon(calls: Calls, ranks: int, stage: int, gradient_bytes: int) ->
             whole = 2 * gradient_bytes * math.prod(part.shape) if n else 0
             found[part.rank] += part.alike * {0: 4 * n, 3: gradient_bytes * n}.get(stage, whole)
     return found
+
+
+def in_deepspeeds_order(assignments: Iterable[Assignment]) -> list[Assignment]:
+    """As DeepSpeed's Muon puts parameters into its groups, and so ZeRO into its buffers: matrices by falling shape."""
+    every = list(assignments)
+    matrices = sorted((a for a in every if a.algorithm == "muon"), key=lambda a: a.shape, reverse=True)
+    return [*matrices, *(a for a in every if a.algorithm == "adamw")]
 
 
 def _others(calls: Calls, ranks: int) -> list[int]:

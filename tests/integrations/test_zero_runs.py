@@ -14,7 +14,7 @@ from muon_dist.grouping import assign
 from muon_dist.integrations import zero_runs
 from muon_dist.integrations.deepspeed import describe
 from muon_dist.integrations.zero_runs import calls_of_stage
-from muon_dist.launch.peers import deepspeed_muon
+from muon_dist.launch.peers import deepspeed_muon, in_deepspeeds_order
 from muon_dist.memory import measured_state_bytes
 from muon_dist.options import Options
 from tests.integrations import layouts  # isort: split - DeepSpeed is imported there, in the right order
@@ -98,6 +98,7 @@ def test_deepspeeds_own_muon_keeps_what_the_estimate_says(stage: int) -> None:
 
     measured = run_ranks(ranks, observe)
     grouping = assign((name, p.to("meta")) for name, p in layouts.Model().named_parameters())
-    groups = [[a for a in grouping if a.algorithm == algorithm] for algorithm in ("muon", "adamw")]
+    ordered = in_deepspeeds_order(grouping)
+    groups = [[a for a in ordered if a.algorithm == algorithm] for algorithm in ("muon", "adamw")]
     estimated = deepspeed_muon(calls_of_stage(groups, stage, ranks), ranks, stage, gradient_bytes=4)
     assert max(estimated) == pytest.approx(max(measured), rel=0.03)
