@@ -23,7 +23,7 @@ KINDS = {
     "apply": ("_apply",),
     "AdamW": ("_adamw",),
     "polar factor": ("_symmetric_product", "nvjet", "gemm", "cutlass", "_scale", "_measure", "_combine"),
-    "copies": ("",),
+    "other": ("",),
 }
 Span = tuple[str, float, float]  # kind, start, milliseconds
 
@@ -48,12 +48,9 @@ def read(path: Path) -> dict[int, list[Span]]:
 
 
 def role(spans: list[Span]) -> str:
-    """What a stream is for: by what runs on it for longest."""
-    total: dict[str, float] = defaultdict(float)
-    for kind, _, duration in spans:
-        total[kind] += duration
-    longest = max(total, key=lambda kind: total[kind])
-    return {"exchange": "NCCL", "polar factor": "current stream"}.get(longest, "side stream")
+    """What a stream is for, by what runs on it."""
+    kinds = {kind for kind, _, _ in spans}
+    return "NCCL" if "exchange" in kinds else "current stream" if "polar factor" in kinds else "side stream"
 
 
 def main() -> None:
