@@ -17,6 +17,7 @@ from muon_dist.sharding import local
 
 Named = Sequence[tuple[str, nn.Parameter]]
 ADAMW = "AdamW, fused"
+ADAMW8 = "AdamW, 8-bit"  # DistMuon's AdamW part alone, both moments in dynamic8
 TORCH_MUON = "torch Muon, gathered"
 
 
@@ -63,6 +64,10 @@ def adamw(named: Named) -> list[Optimizer]:
     return [torch.optim.AdamW([p for _, p in named], lr=3e-4, fused=True)]
 
 
+def adamw8(named: Named) -> list[Optimizer]:
+    return [DistMuon(named, adamw_lr=3e-4, adamw_state="dynamic8", overrides={"*": "adamw"})]
+
+
 def torch_muon(named: Named) -> list[Optimizer]:
     assigned = assign(named)
     matrices, others = ([a.parameter for a in assigned if a.algorithm == x] for x in ("muon", "adamw"))
@@ -76,4 +81,4 @@ def dist_muon(state: MomentumState, wire: Wire) -> Make:
 def choice(states: Iterable[MomentumState], wires: Sequence[Wire]) -> dict[str, Make]:
     """By name: the others first, then DistMuon with every state and wire."""
     ours = {f"DistMuon, {state}, {wire} wire": dist_muon(state, wire) for state in states for wire in wires}
-    return {ADAMW: adamw, TORCH_MUON: torch_muon, **ours}
+    return {ADAMW: adamw, ADAMW8: adamw8, TORCH_MUON: torch_muon, **ours}
