@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from muon_dist import DistMuon, kernels
-from muon_dist.codecs import CODECS, LOW_RANK_CODECS
+from muon_dist.codecs import CODECS, LOW_RANK_CODECS, make_codec
 
 pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="triton is not installed")
 
@@ -147,3 +147,24 @@ def test_nan_stays_visible(momentum_state: Any, monkeypatch: pytest.MonkeyPatch)
     optimizer.step()
     (bound,) = optimizer._bind().muon
     assert bound.momentum.decode(bound.shard.state)[1, 3].isnan()
+
+
+@pytest.mark.parametrize("name", ["linear8", "dynamic8", "nf4"])
+def test_several_pieces_are_encoded_and_decoded_in_one_launch(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they lie at a distance, as in the exchange's buffers."""
+    codec, shape = make_codec(name), (3, 5, 256)
+    torch.manual_seed(0)
+    pieces = torch.randn(shape, device=DEVICE)
+
+    def stored(fused: bool) -> tuple[dict[str, Tensor], Tensor]:
+        monkeypatch.setattr(kernels, "usable_on", lambda device: fused)
+        buffers = {
+            key: torch.zeros(3, 2, *spec.shape[1:], dtype=spec.dtype, device=DEVICE)[:, 0]
+            for key, spec in codec.buffers(shape).items()
+        }
+        codec.encode(pieces, buffers)
+        return buffers, codec.decode(buffers, 256, out=torch.empty_like(pieces))
+
+    (ours, decoded), (theirs, expected) = stored(fused=True), stored(fused=False)
+    assert torch.equal(ours["scales"], theirs["scales"])
+    assert float((decoded - expected).norm()) <= ROUNDED * float(expected.norm())
