@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from torch import nn
@@ -62,8 +61,7 @@ def expected_state_bytes(config: TrainConfig, model: nn.Module, world_size: int)
     options = Options(momentum_state="fp32")
     if config.optimizer == "torch_muon":
         return estimated_state_bytes(assignments, shards=shards, options=options)
-    all_adamw = [dataclasses.replace(assignment, algorithm="adamw") for assignment in assignments]
-    return estimated_state_bytes(all_adamw, shards=shards, options=options)
+    return estimated_state_bytes([a.with_adamw() for a in assignments], shards=shards, options=options)
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, steps: int) -> LambdaLR:

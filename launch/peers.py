@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 from muon_dist.grouping import Assignment
 from muon_dist.memory import Part, parts, state_bytes_by_rank
@@ -23,7 +22,7 @@ _BNB_BLOCK, _BNB_SMALLEST = 256, 4096
 
 def adamw(calls: Calls, ranks: int) -> list[int]:
     """torch.optim.AdamW: two moments in fp32."""
-    every = (Placed(_with_adamw(a), place) for call in calls for a, place in call)
+    every = (Placed(a.with_adamw(), place) for call in calls for a, place in call)
     return state_bytes_by_rank(every, ranks, Options())
 
 
@@ -78,7 +77,3 @@ def _others(calls: Calls, ranks: int) -> list[int]:
 
 def _parts(calls: Calls) -> Iterator[Part]:
     return parts(placed for call in calls for placed in call)
-
-
-def _with_adamw(assignment: Assignment) -> Assignment:
-    return replace(assignment, algorithm="adamw", form=None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, get_args
 
 from torch import Tensor
@@ -74,6 +74,10 @@ class Assignment:
     ) -> Assignment:
         """Raises ValueError for what Muon cannot take."""
         return cls(name, parameter, shape, algorithm, reason, forms.of(name, shape) if algorithm == "muon" else None)
+
+    def with_adamw(self) -> Assignment:
+        """The same parameter, were it AdamW's."""
+        return replace(self, algorithm="adamw", form=None)
 
 
 class Grouping(list[Assignment]):

@@ -63,6 +63,8 @@ def test_other_optimizers(optimizer: str, launch: Launch, tmp_path: Path) -> Non
     launch(tmp_path / "run", "--engine", "single", "--optimizer", optimizer, "--steps", "4", ranks=1)
     train = losses(tmp_path / "run", "train")
     assert train[4] < train[1]
+    state = result(tmp_path / "run")["state_bytes_per_rank"]
+    assert state["measured"] == state["estimated"] > 0
 
 
 def test_statistics_of_the_optimizer_go_to_all_records(
