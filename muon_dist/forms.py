@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from muon_dist.layout import Geometry, Piece, Rect
@@ -174,7 +174,8 @@ def is_expert(name: str) -> bool:
     return "expert" in name.lower()
 
 
-def flat_geometries(form: Form, runs: Sequence[tuple[int, int]]) -> tuple[Geometry, ...]:
+@lru_cache(maxsize=4096)  # layers repeat
+def flat_geometries(form: Form, runs: tuple[tuple[int, int], ...]) -> tuple[Geometry, ...]:
     """The matrices of a parameter of which each rank has one run of elements in row-major order.
 
     Args:

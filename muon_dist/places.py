@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,7 +21,6 @@ from muon_dist.sharding import Home, Placements, geometries_of
 from muon_dist.state import StateLayout, flat_layout, sharded_layout
 
 _DEVICE = torch.device("meta")
-_flat_geometries = lru_cache(maxsize=4096)(flat_geometries)
 
 
 class Place(Protocol):
@@ -80,7 +79,7 @@ class InRuns:
     runs: tuple[tuple[int, int], ...]
 
     def geometries(self, form: Form, turn: int) -> tuple[Geometry, ...]:
-        return _flat_geometries(form, self.runs)
+        return flat_geometries(form, self.runs)
 
     def momentum_layouts(self, form: Form, block_size: int) -> Iterator[tuple[int, StateLayout]]:
         return self._layouts(form.shape, block_size, form)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,8 +31,6 @@ from muon_dist.sharding import (
     unsupported_placement,
 )
 from muon_dist.state import StateLayout, flat_layout, sharded_layout
-
-_flat_geometries = lru_cache(maxsize=4096)(flat_geometries)  # layers repeat
 
 
 @dataclass(frozen=True)
@@ -240,7 +237,7 @@ class FlatShard(Shard):
         """Nothing to do: engines with flat buffers add up gradients themselves."""
 
     def geometries(self, form: Form) -> tuple[Geometry, ...]:
-        return _flat_geometries(form, self.runs)
+        return flat_geometries(form, self.runs)
 
     def region(self, form: Form) -> Region:
         start, length = self.runs[self.index]

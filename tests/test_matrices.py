@@ -219,7 +219,7 @@ def test_any_part_of_a_parameter_is_pieces_of_its_matrices(
     assert sorted(found.tolist()) == sorted(expected.flatten().tolist())
 
     ends = sorted({0, tables.numel(), *(min(cut, tables.numel()) for cut in cuts)})
-    runs = [(a, b - a) for a, b in itertools.pairwise(ends)]
+    runs = tuple((a, b - a) for a, b in itertools.pairwise(ends))
     for matrix, geometry in zip(matrices, flat_geometries(form, runs), strict=True):
         elements = []
         for rank, rect, *_ in geometry.pieces:

@@ -130,7 +130,7 @@ def zero2(shapes: Sequence[tuple[int, int]], ranks: int) -> list[Matrix]:
     found, start = [], 0
     for i, (rows, cols) in enumerate(shapes):
         cuts = [min(max(length * r - start, 0), rows * cols) for r in range(ranks + 1)]
-        runs = [(a, b - a) for a, b in itertools.pairwise(cuts)]
+        runs = tuple((a, b - a) for a, b in itertools.pairwise(cuts))
         found.append(Matrix(f"{i}.weight", *flat_geometries(Form((rows, cols), (rows,)), runs)))
         start += rows * cols
     return found
