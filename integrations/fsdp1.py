@@ -30,8 +30,8 @@ from muon_dist.shards import FlatShard, Shard, TensorShard
 from muon_dist.state import FIRST_MOMENT, MOMENTUM, SECOND_MOMENT, STEP_COUNT
 
 
-class Place(NamedTuple):
-    """Where a parameter lies."""
+class Flattened(NamedTuple):
+    """A parameter that FSDP1 manages, and where it lies."""
 
     shape: tuple[int, ...]
     runs: tuple[tuple[int, int], ...]  # start and length on every rank; none where it is not sharded
@@ -156,7 +156,7 @@ class FlatDistMuon(DistMuon):
                 )
 
 
-def _places(model: nn.Module) -> Iterator[tuple[Tensor, Place]]:
+def _places(model: nn.Module) -> Iterator[tuple[Tensor, Flattened]]:
     """Where the parameters that FSDP1 manages lie."""
     for module in FullyShardedDataParallel.fsdp_modules(model):
         handle: Any = module._handle
@@ -177,7 +177,7 @@ def _places(model: nn.Module) -> Iterator[tuple[Tensor, Place]]:
         for p, shape, start in zip(flat._params, flat._shapes, starts, strict=True):
             ranks = range(handle.world_size) if handle.uses_sharded_strategy else ()
             runs = tuple(_run(shape.numel(), rank * length - start, length) for rank in ranks)
-            yield p, Place(tuple(shape), runs, handle.process_group, handle.device)
+            yield p, Flattened(tuple(shape), runs, handle.process_group, handle.device)
 
 
 def _run(numel: int, start: int, length: int) -> tuple[int, int]:

@@ -36,7 +36,7 @@ from muon_dist.wire import WireFormat
 if kernels.HAS_TRITON:
     from muon_dist.kernels import batches
     from muon_dist.kernels import momentum as momentum_kernels
-    from muon_dist.kernels.batches import AccumulateBatch, ApplyBatch, Place
+    from muon_dist.kernels.batches import AccumulateBatch, ApplyBatch, Entry
 
 # Factor on an orthogonal update, by outputs and inputs of the matrix. Its RMS is 1/sqrt(max(outputs, inputs)) before.
 UPDATE_SCALES: dict[UpdateScale, Callable[[int, int], float]] = {
@@ -111,8 +111,8 @@ class MuonMatrix:
         if whole is None:
             packed.zero_()  # zeros in every wire format
             return
-        place = self._place_of_gradient(rect, whole, wire, packed) if batch is not None else None
-        if batch is not None and place is not None and batch.take(place, whole, packed, *self._decays):
+        entry = self._entry_of_gradient(rect, whole, wire, packed) if batch is not None else None
+        if batch is not None and entry is not None and batch.take(entry, whole, packed, *self._decays):
             return
         g = self._piece(whole, rect)
         codec, buffers = self.stored(rect)
@@ -147,8 +147,8 @@ class MuonMatrix:
         if not self.shard.has_gradient:
             return
         whole = self.shard.weight()
-        place = self._place_of_weight(rect, whole, wire, packed) if batch is not None else None
-        if batch is not None and place is not None and batch.take(place, whole, packed, *self.factors):
+        entry = self._entry_of_weight(rect, whole, wire, packed) if batch is not None else None
+        if batch is not None and entry is not None and batch.take(entry, whole, packed, *self.factors):
             return
         part = self._piece(whole, rect)
         with on_device({"weight": part}, packed.device, taken) as here:
@@ -204,42 +204,42 @@ class MuonMatrix:
         table, rows, cols = self._box(rect).slices_in(self._here)
         return whole.reshape(self._here.size)[table.start, rows, cols]
 
-    def _place_of_gradient(self, rect: Rect, whole: Tensor, wire: WireFormat, packed: Tensor) -> Place | None:
+    def _entry_of_gradient(self, rect: Rect, whole: Tensor, wire: WireFormat, packed: Tensor) -> Entry | None:
         """Of a piece, for a launch of many; None where kernels take it alone, or not at all."""
 
-        def find() -> Place | None:
+        def find() -> Entry | None:
             piece, (codec, buffers) = self._piece(whole, rect), self.stored(rect)
             if not codec.row_wise or whole.device != packed.device:
                 return None
             travelling = wire.for_kernels(packed, *piece.shape)
-            return Place.of(whole, piece, packed, travelling, codec.for_kernels(buffers))
+            return Entry.of(whole, piece, packed, travelling, codec.for_kernels(buffers))
 
         return self._found_once("gradient", rect, whole, self.momentum.addresses(self.shard.state), find)
 
-    def _place_of_weight(self, rect: Rect, whole: Tensor, wire: WireFormat, packed: Tensor) -> Place | None:
+    def _entry_of_weight(self, rect: Rect, whole: Tensor, wire: WireFormat, packed: Tensor) -> Entry | None:
         """The same for apply."""
 
-        def find() -> Place | None:
+        def find() -> Entry | None:
             piece = self._piece(whole, rect)
             if whole.device != packed.device:
                 return None
-            return Place.of(whole, piece, packed, wire.back.for_kernels(packed, *piece.shape))
+            return Entry.of(whole, piece, packed, wire.back.for_kernels(packed, *piece.shape))
 
         return self._found_once("weight", rect, whole, (), find)
 
     def _found_once(
-        self, kind: str, rect: Rect, whole: Tensor, stored: tuple[int, ...], find: Callable[[], Place | None]
-    ) -> Place | None:
-        """What ``find`` says, until ``whole`` is laid out otherwise or what is stored lies elsewhere: finding a place
+        self, kind: str, rect: Rect, whole: Tensor, stored: tuple[int, ...], find: Callable[[], Entry | None]
+    ) -> Entry | None:
+        """What ``find`` says, until ``whole`` is laid out otherwise or what is stored lies elsewhere: finding an entry
         costs the host more than all else that it does for a piece."""
         seen = (whole.device, whole.dtype, whole.stride(), *stored)
-        known = self._places.get((kind, rect))
+        known = self._entries.get((kind, rect))
         if known is None or known[0] != seen:
-            known = self._places[kind, rect] = seen, find()
+            known = self._entries[kind, rect] = seen, find()
         return known[1]
 
     @cached_property
-    def _places(self) -> dict[tuple[str, Rect], tuple[tuple[object, ...], Place | None]]:
+    def _entries(self) -> dict[tuple[str, Rect], tuple[tuple[object, ...], Entry | None]]:
         return {}
 
 

@@ -29,7 +29,7 @@ from muon_dist.kernels.table import (
 from muon_dist.kernels.tiles import load_tile, store_tile
 
 
-class Place(NamedTuple):
+class Entry(NamedTuple):
     """What a row of the table says of a piece in every step, whatever memory the step's tensors have.
 
     Attributes:
@@ -51,7 +51,7 @@ class Place(NamedTuple):
     @classmethod
     def of(
         cls, whole: Tensor, piece: Tensor, packed: Tensor, travelling: Encoded, momentum: Encoded | None = None
-    ) -> Place | None:
+    ) -> Entry | None:
         """None where a piece cannot share a launch.
 
         Args:
@@ -89,15 +89,15 @@ class AccumulateBatch:
         self._gradients: list[Tensor] = []  # one may be a copy that nobody else keeps until the launch
         self._maps: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def take(self, place: Place, gradient: Tensor, packed: Tensor, beta: float, nesterov: bool) -> bool:
+    def take(self, entry: Entry, gradient: Tensor, packed: Tensor, beta: float, nesterov: bool) -> bool:
         """Whether the piece is taken; ``gradient`` is the whole that it is cut out of."""
-        row = place.row(gradient, packed)
+        row = entry.row(gradient, packed)
         if row is None:
             return False
-        key = (*place.alike, beta, nesterov)
+        key = (*entry.alike, beta, nesterov)
         self._pieces.setdefault(key, []).append(row)
         self._gradients.append(gradient)
-        self._maps[key] = place.maps
+        self._maps[key] = entry.maps
         return True
 
     def launch(self) -> None:
@@ -125,13 +125,13 @@ class ApplyBatch:
         self._pieces: dict[Key, list[list[int]]] = {}
         self._levels: dict[Key, Tensor] = {}
 
-    def take(self, place: Place, weight: Tensor, packed: Tensor, decay: float, factor: float) -> bool:
+    def take(self, entry: Entry, weight: Tensor, packed: Tensor, decay: float, factor: float) -> bool:
         """Whether the piece is taken; ``weight`` is the whole that it is cut out of."""
-        row = place.row(weight, packed)
+        row = entry.row(weight, packed)
         if row is None:
             return False
-        self._pieces.setdefault(place.alike, []).append([*row, bits(decay), bits(factor)])
-        self._levels[place.alike] = place.maps[0]
+        self._pieces.setdefault(entry.alike, []).append([*row, bits(decay), bits(factor)])
+        self._levels[entry.alike] = entry.maps[0]
         return True
 
     def launch(self) -> None:
