@@ -74,6 +74,7 @@ class AdamWParameter:
                 counted = step if taken is None else step * taken.to(step.device)
                 adamw_kernels.adamw(*matrices, counted, *moments, rates)
             return
+        left_out = None if taken is None else (~taken.to(step.device)).float()
         for rows in _row_slices(weight):
             w = _cut(weight, rows)
             cols = w.shape[-1] if w.ndim else 1
@@ -88,9 +89,7 @@ class AdamWParameter:
                 [],
                 [step - 1],  # adamw() counts it up
                 fused=True,
-                found_inf=None
-                if taken is None
-                else (~taken.to(step.device)).float(),  # changes nothing, and encoding is idempotent
+                found_inf=left_out,  # changes nothing then, and encoding is idempotent
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

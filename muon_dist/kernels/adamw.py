@@ -81,6 +81,7 @@ class AdamWBatch:
     def __init__(self, taken: Tensor | None) -> None:
         self._taken = taken
         self._pieces: dict[Key, list[list[int]]] = {}
+        self._gradients: list[Tensor] = []  # as in AccumulateBatch
         self._maps: dict[Key, tuple[Tensor, ...]] = {}
 
     def take(
@@ -94,6 +95,7 @@ class AdamWBatch:
         key = (weight.device, weight.dtype, gradient.dtype, first.format, block)
         row = [weight.numel() // block, *place, step.data_ptr(), *map(bits, rates)]
         self._pieces.setdefault(key, []).append(row)
+        self._gradients.append(gradient)
         self._maps[key] = (*first.pointers[2:], *second.pointers[2:])
         return True
 

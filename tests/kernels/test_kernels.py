@@ -84,6 +84,8 @@ def test_accumulate_and_apply(momentum_state: str, wire: str, block_size: int) -
     by_kernels, by_references = train_both_ways(SHAPES, torch.float32, momentum_state=momentum_state, **options)
     for ours, theirs, true in zip(by_kernels, by_references, exact, strict=True):
         assert float((ours - true).norm()) <= 1.1 * float((theirs - true).norm()) + ROUNDED * float(true.norm())
+        if DEVICE == "cpu":  # where operands of products are fp32 in both, they are also near to each other
+            assert float((ours - theirs).norm()) <= 0.03 * float(theirs.norm())
 
 
 @pytest.mark.parametrize("momentum_state", ["linear8", "nf4", "lowrank4"])
