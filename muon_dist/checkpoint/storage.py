@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 # What the metadata of tensors is made of: classes of plain data, and names of dtypes and layouts.
 _SAFE = {
@@ -76,6 +76,17 @@ class _Reader(FileSystemReader):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         if name not in _SAFE.get(module, ()):
             raise ValueError(f".metadata names {module}.{name}, which no checkpoint of tensors does: do not trust it")
         return super().find_class(module, name)
+
+
+def _memory_format(enumeration: Any, name: Any) -> _MEM_FORMAT_ENCODING:
+    """What stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle members of enumerations: it gets these."""
+    if enumeration is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise ValueError(
+            f".metadata gets {name!r} of {enumeration!r}, which no checkpoint of tensors does: do not trust it"
+        )
+    return _MEM_FORMAT_ENCODING[name]

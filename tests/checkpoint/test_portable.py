@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from muon_dist import DistMuon
-from muon_dist.checkpoint import load_state, save, save_state, seal
+from muon_dist.checkpoint import load_state, save, save_state, seal, storage
 from muon_dist.codecs import CODECS, FOUR_BIT_CODECS
 from muon_dist.codecs.linear8 import Linear8
 from muon_dist.options import MomentumState
@@ -165,6 +167,27 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="names posix.mkdir.*do not trust it"):
         load_state(make(network()), tmp_path / "state")
     assert not (tmp_path / "harm").exists()
+
+
+class Attribute:
+    """Pickled as ``getattr`` of a class: so Python 3.11.0 to 3.11.3 pickle the members of enumerations."""
+
+    def __init__(self, of: type, name: str) -> None:
+        self.arguments = (of, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.arguments
+
+
+def test_of_attributes_only_memory_formats_are_read() -> None:
+    def read(attribute: Attribute) -> Any:
+        return storage._MetadataUnpickler(io.BytesIO(pickle.dumps(attribute))).load()
+
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert read(Attribute(_MEM_FORMAT_ENCODING, member.name)) is member
+    for harmful in (Attribute(Metadata, "__init__"), Attribute(_MEM_FORMAT_ENCODING, "__class__")):
+        with pytest.raises(ValueError, match="gets '__.*do not trust it"):
+            read(harmful)
 
 
 def test_a_save_that_fails_leaves_no_checkpoint_and_can_be_repeated(
