@@ -125,7 +125,8 @@ def _count(steps: Sequence[Tensor], taken: Tensor | None) -> None:
         if taken is None:
             torch._foreach_add_(here, 1)
         else:
-            torch._foreach_add_(here, taken.to(device, torch.float32))
+            # Not a tensor for all of them: that would wait for the device, to read it.
+            torch._foreach_add_(here, [taken.to(device, torch.float32).expand_as(step) for step in here])
 
 
 class _Opened:

@@ -90,3 +90,34 @@ def fit(shape: Sequence[int], *values: Encoded) -> bool:
     paired = any(v.format in ("block4", "grid4") for v in values)
     fits_pairs = all(block % 2 == 0 for block in blocks) and (rows == 1 or cols % 2 == 0)
     return len(blocks) <= 1 and len(maps) <= 1 and (fits_pairs or not paired)
+
+
+class Product(NamedTuple):
+    """alpha A B^T + beta D + diagonal I.
+
+    Attributes:
+        a, b: slots of the factors; None for X, which is then both.
+        add: slot of D; None for none.
+        out: slot of the result, which is none of the others.
+    """
+
+    a: int | None
+    b: int | None
+    out: int
+    add: int | None = None
+    alpha: float = 1.0
+    beta: float = 0.0
+    diagonal: float = 0.0
+
+
+class Chain(NamedTuple):
+    """Products to be made in order.
+
+    Attributes:
+        slots: square matrices to keep at a time.
+        result: the slot in which Q ends.
+    """
+
+    products: tuple[Product, ...]
+    slots: int
+    result: int

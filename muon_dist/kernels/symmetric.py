@@ -2,7 +2,8 @@
 
 Only the tiles on and below the diagonal are computed, and stored a second time mirrored: half the FLOPs of a general
 product. Reference: ``symmetric_product`` in ``muon_dist/polar/products.py``. Operands are read and results written
-through tensor descriptors, by Hopper's bulk copy engine.
+through tensor descriptors, by the bulk copy engine of Hopper and Blackwell. On Hopper, chain.py does whole chains of
+such products at once; this kernel does what does not fit it.
 """
 
 from __future__ import annotations
@@ -81,20 +82,19 @@ def _tiles(s: int, width: int) -> int:
     return width // TILE * blocks * (blocks + 1) // 2
 
 
-def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, beta: float, diagonal: float) -> Tensor:
-    """alpha A B^T + beta D + diagonal I.
+def symmetric_product(
+    a: Tensor, b: Tensor, add: Tensor | None, alpha: float, beta: float, diagonal: float, out: Tensor
+) -> None:
+    """alpha A B^T + beta D + diagonal I, accumulated in fp32.
 
     Args:
         a, b: [n, s, k], fp16 or bf16, with a symmetric A B^T; both contiguous, or both transposes of contiguous ones.
         add: D, [n, s, s], symmetric, of the same dtype; None for none.
-
-    Returns:
-        [n, s, s] of the same dtype, accumulated in fp32.
+        out: [n, s, s], contiguous, of the same dtype; none of the others.
     """
     n, s, k = a.shape
     adds, transposed = add is not None, a.stride(2) != 1
     launch = _Launch.of(n, s, k, adds, a.device)
-    out = a.new_empty((n, s, s))
     result = TensorDescriptor.from_tensor(out, [1, TILE, TILE])
 
     def operand(x: Tensor, side: int) -> TensorDescriptor:
@@ -113,7 +113,6 @@ def symmetric_product(a: Tensor, b: Tensor, add: Tensor | None, alpha: float, be
         compiled[(launch.programs, 1, 1)](*arguments)
     else:
         _COMPILED[key] = _symmetric_product[(launch.programs,)](*arguments, num_warps=8, num_stages=launch.stages)
-    return out
 
 
 # What triton compiled, by all that it depends on: looking it up is half of what a launch costs the host, and a step has

@@ -1,11 +1,11 @@
 """The polar factor by Newton-Schulz: batched, in the standard and in the Gram form.
 
 For M = U S V^T the polar factor is U V^T: M with all its singular values set to one. Both forms apply the same odd
-polynomials to the singular values; they differ in what they multiply. With s <= l the sides of the matrix:
+polynomials to the singular values; they differ in how many iterations they do on the Gram matrix alone before they
+multiply the matrix itself (see ``chains.py``). With s <= l the sides of the matrix:
 
-- standard form: each iteration multiplies the whole [s, l] matrix; 3 s^2 l + s^3 FLOPs an iteration.
-- Gram form: iterates on the [s, s] Gram matrix and multiplies the whole matrix only once before each restart and once
-  at the end; cheaper from about l = 2 s on. Source: Gram Newton-Schulz,
+- standard form: one. 3 s^2 l + s^3 FLOPs an iteration.
+- Gram form: two, and then three at a time. Cheaper from about l = 2 s on. Source: Gram Newton-Schulz,
   https://github.com/Dao-AILab/gram-newton-schulz.
 
 The Gram form loses the small singular values to cancellation, since squaring them in the Gram matrix halves their
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from muon_dist.options import PolarForm
+from muon_dist.polar.chains import iterations
 from muon_dist.polar.coefficients import Schedule, Triple
-from muon_dist.polar.products import normalised, symmetric_product, times_symmetric
+from muon_dist.polar.products import multiply_chain, normalised, times_symmetric
 
 # From this ratio of the sides on, the Gram form needs fewer FLOPs.
 GRAM_FROM_ASPECT = 2.0
@@ -59,13 +60,11 @@ def polar_factor(
     rows, cols = matrices.shape[-2:]
     if out is None:
         out = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
-    steps = len(schedule.coefficients)
-    in_gram_form = _form(rows, cols, form) == "gram"
-    iterate, products = (_gram_form, len(_segments(schedule.coefficients))) if in_gram_form else (_standard_form, steps)
+    segments = _segments(rows, cols, schedule, form)
     # Two memories take turns with each product of a whole matrix; start with the one that makes the last end in out.
     result = out.view(-1, rows, cols)
     turns = (torch.empty_like(result), result)
-    current, other = turns if products % 2 else turns[::-1]
+    current, other = turns if len(segments) % 2 else turns[::-1]
     if matrices.stride()[-2:] != (cols, 1):  # cut out of a larger matrix, or a transpose
         matrices = matrices.contiguous()
     matrices = matrices.reshape(-1, rows, cols)
@@ -75,7 +74,10 @@ def polar_factor(
         torch.mul(matrices, 1 / (bound * schedule.margin), out=current)
     if rows > cols:
         current, other = current.mT, other.mT  # [n, s, l] with s <= l from here on; the memory stays as it is
-    iterate(current, other, schedule.coefficients)
+    for segment in segments:
+        q = multiply_chain(current, iterations(segment))
+        current, other = times_symmetric(q, current, out=other), current
+        del q  # with its memory, before the next chain takes as much
     return out
 
 
@@ -88,59 +90,21 @@ def workspace_elements(rows: int, cols: int, schedule: Schedule, form: PolarForm
     than four times as long as wide.)
     """
     short, long = sorted((rows, cols))
-    steps = len(schedule.coefficients)
-    if _form(rows, cols, form) == "gram":
-        squares = 4 if any(len(segment) > 1 for segment in _segments(schedule.coefficients)) else 2
-    else:
-        squares = min(steps, 2) + 1
+    squares = max(iterations(segment).slots for segment in _segments(rows, cols, schedule, form))
     return short * (long + squares * short)
 
 
-def _form(rows: int, cols: int, form: PolarForm) -> PolarForm:
-    """Resolves "auto"."""
-    if form != "auto":
-        return form
-    return "gram" if max(rows, cols) >= GRAM_FROM_ASPECT * min(rows, cols) else "standard"
+def _segments(rows: int, cols: int, schedule: Schedule, form: PolarForm) -> list[tuple[Triple, ...]]:
+    """The iterations between products with the whole matrix."""
+    coefficients = schedule.coefficients
+    if form == "auto":
+        form = "gram" if max(rows, cols) >= GRAM_FROM_ASPECT * min(rows, cols) else "standard"
+    if form == "standard":
+        return [(triple,) for triple in coefficients]
+    later = range(FIRST_SEGMENT, len(coefficients), LATER_SEGMENTS)
+    return [coefficients[:FIRST_SEGMENT], *(coefficients[i : i + LATER_SEGMENTS] for i in later)]
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """Arithmetic of the iteration on ``device``."""
     return torch.float32 if device.type == "cpu" else torch.float16
-
-
-def _standard_form(current: Tensor, other: Tensor, coefficients: tuple[Triple, ...]) -> None:
-    """X <- P X with P = a I + b R + c R^2 and R = X X^T, for each triple. X is ``[n, s, l]``, first in ``current``."""
-    for triple in coefficients:
-        p = _iteration(symmetric_product(current, current), triple)
-        current, other = times_symmetric(p, current, out=other), current
-
-
-def _gram_form(current: Tensor, other: Tensor, coefficients: tuple[Triple, ...]) -> None:
-    """The same map as :func:`_standard_form`, collected in Q: the result is Q X.
-
-    Q, P and the Gram matrix R are polynomials of the same symmetric matrix: they commute and stay symmetric.
-    """
-    for segment in _segments(coefficients):
-        r = symmetric_product(current, current)
-        q = p = _iteration(r, segment[0])
-        for triple in segment[1:]:
-            pr = symmetric_product(p, r)
-            del r  # memory of [n, s, s] is most of the workspace where matrices are square
-            r = symmetric_product(pr, p)
-            del pr
-            p = _iteration(r, triple)
-            q = symmetric_product(q, p)
-        del r, p
-        current, other = times_symmetric(q, current, out=other), current
-
-
-def _segments(coefficients: tuple[Triple, ...]) -> list[tuple[Triple, ...]]:
-    """The iterations between which the Gram matrix is formed anew."""
-    later = range(FIRST_SEGMENT, len(coefficients), LATER_SEGMENTS)
-    return [coefficients[:FIRST_SEGMENT], *(coefficients[i : i + LATER_SEGMENTS] for i in later)]
-
-
-def _iteration(gram: Tensor, triple: Triple) -> Tensor:
-    """P = a I + b R + c R^2 for Gram matrices R, ``[n, s, s]``."""
-    a, b, c = triple
-    return symmetric_product(gram, gram, add=gram, alpha=c, beta=b, diagonal=a)

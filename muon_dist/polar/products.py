@@ -1,5 +1,6 @@
-"""The products that Newton-Schulz is made of: with a symmetric result, so that half of it need not be computed; with a
-symmetric factor, so that tall matrices need not be transposed; and what goes before them, division by the norm."""
+"""The products that Newton-Schulz is made of: chains of those with a symmetric result, so that half of it need not be
+computed; with a symmetric factor, so that tall matrices need not be transposed; and what goes before them, division by
+the norm."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from muon_dist import kernels
 
 if kernels.HAS_TRITON:
+    from muon_dist.kernels import chain as chain_kernels
     from muon_dist.kernels import normalise as normalise_kernels
     from muon_dist.kernels import symmetric as symmetric_kernels
 
@@ -16,25 +18,45 @@ if kernels.HAS_TRITON:
 SMALLEST_NORM = 1e-30
 
 
+def multiply_chain(x: Tensor, chain: kernels.Chain) -> Tensor:
+    """Runs a chain from X, and returns its result.
+
+    Args:
+        x: ``[n, s, l]``, contiguous, or the transpose of a contiguous one.
+
+    Returns:
+        ``[n, s, s]`` in the dtype of x; it keeps the memory of all slots of the chain alive.
+    """
+    n, s, _ = x.shape
+    squares = x.new_empty((chain.slots, n, s, s))
+    if kernels.usable_on(x.device) and chain_kernels.fits(x):
+        chain_kernels.multiply_chain(x, chain, squares)
+        return squares[chain.result]
+    for product in chain.products:
+        a, b = (x if slot is None else squares[slot] for slot in (product.a, product.b))
+        add = None if product.add is None else squares[product.add]
+        symmetric_product(a, b, add, product.alpha, product.beta, product.diagonal, squares[product.out])
+    return squares[chain.result]
+
+
 def symmetric_product(
-    a: Tensor, b: Tensor, *, add: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, diagonal: float = 0.0
-) -> Tensor:
-    """alpha A B^T + beta D + diagonal I, of a batch.
+    a: Tensor, b: Tensor, add: Tensor | None, alpha: float, beta: float, diagonal: float, out: Tensor
+) -> None:
+    """alpha A B^T + beta D + diagonal I, of a batch, into ``out``.
 
     Args:
         a, b: ``[n, s, k]`` with a symmetric A B^T: b is a, or both are polynomials of one symmetric matrix.
             Contiguous, or transposes of contiguous ones.
         add: D, ``[n, s, s]``, symmetric.
-
-    Returns:
-        ``[n, s, s]``, symmetric to rounding.
+        out: ``[n, s, s]``, contiguous, none of the others.
     """
     if kernels.usable_on(a.device) and symmetric_kernels.fits(a):
-        return symmetric_kernels.symmetric_product(a, b, add, alpha, beta, diagonal)
-    product = torch.bmm(a, b.mT) if add is None else torch.baddbmm(add, a, b.mT, beta=beta, alpha=alpha)
+        symmetric_kernels.symmetric_product(a, b, add, alpha, beta, diagonal, out)
+        return
+    added, beta = (out, 0.0) if add is None else (add, beta)  # times zero, whatever is in out counts for nothing
+    torch.baddbmm(added, a, b.mT, beta=beta, alpha=alpha, out=out)
     if diagonal:
-        product.diagonal(dim1=-2, dim2=-1).add_(diagonal)
-    return product
+        out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
 
 
 def times_symmetric(q: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:

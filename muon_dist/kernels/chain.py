@@ -1,0 +1,136 @@
+"""A chain of symmetric products in one launch, on Hopper: what one Newton-Schulz segment does to its Gram matrices.
+
+Of each product only the tiles on and below the diagonal are computed, and stored a second time mirrored. A tile, 128 x
+256, is one turn of a program; there are as many programs as multiprocessors, and they draw tiles from a queue in which
+the products follow one another. The tiles of a product need all of the product before, but only of the same matrix: a
+program that draws one waits for that matrix alone, while the others' tiles are still under way, so that a chip is never
+left to run empty between two products. Tiles are drawn in order, so what a tile waits for is held by programs that run:
+none waits for ever, however few programs find room beside other kernels.
+
+The warps of a program have four jobs:
+
+    loader       draws tiles; copies operands into a ring of STAGES stages, 64 deep
+    multipliers  two groups of four warps, with the upper and lower 64 rows of a tile in their registers
+    storers      one for each multiplier: copy its results to memory, and count those that have arrived there
+
+A multiplier hands over its results in two halves of 128 columns, as they are and mirrored. They pass through buffers of
+its own, into which the loader has put what is to be added (D); the first half's mirror image passes through a stage of
+the ring that the loader lends for it.
+
+Reference: :func:`muon_dist.polar.products.multiply_chain` with plain products. Written in Gluon, Triton's layer for
+those who place memory and barriers themselves; it cannot be interpreted on CPU.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from muon_dist.kernels import Chain
+from muon_dist.kernels.chain_tiles import DEPTH, LAYOUT, STAGES, TILE, new_barriers
+from muon_dist.kernels.chain_warps import loader, multiplier, storer
+
+SMALLEST_SIDE = 512
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernel can, and should, start a chain from ``x``, [n, s, k]: half precision, whole tiles, Hopper."""
+    _, s, k = x.shape
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and s >= SMALLEST_SIDE
+        and s % TILE.value == k % DEPTH.value == 0
+        and _multiprocessors(x.device) > 0
+    )
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a Hopper; 0 for others, and for Triton before 3.6, whose Gluon was another."""
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device)[0] != 9 or release < (3, 6):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiply_chain(x: Tensor, chain: Chain, squares: Tensor) -> None:
+    """Runs the products of ``chain`` from ``x``, [n, s, k], contiguous or the transpose of such; into ``squares``, its
+    slots, [slots, n, s, s] of the same dtype."""
+    n, s, k = x.shape
+    transposed = x.stride(2) != 1
+    operand = [DEPTH.value, TILE.value] if transposed else [TILE.value, DEPTH.value]
+    rows = squares.view(-1, s)
+    table, scales = _table(chain, x.device)
+    # The queue's next tile, and for each product of each matrix how many parts of it have arrived in memory.
+    counts = torch.zeros(1 + len(chain.products) * n, dtype=torch.int32, device=x.device)
+    tiles = sum(row // 2 + 1 for row in range(s // TILE.value))
+    total = len(chain.products) * n * tiles
+    arguments = (
+        TensorDescriptor.from_tensor(
+            (x.mT if transposed else x).reshape(-1, s if transposed else k), operand, LAYOUT.value
+        ),
+        TensorDescriptor.from_tensor(rows, [64, 128], LAYOUT.value),
+        TensorDescriptor.from_tensor(rows, [128, 64], LAYOUT.value),
+        *(table, scales, counts, s, k, n, tiles, total, transposed),
+    )
+    programs = min(total, _multiprocessors(x.device))
+    key = (n, s, k, total, transposed, x.dtype, x.device)
+    if compiled := _COMPILED.get(key):
+        compiled[(programs, 1, 1)](*arguments)
+    else:
+        # 168 registers a thread on average, of which multipliers take 232.
+        _COMPILED[key] = _chain[(programs,)](*arguments, num_warps=4, maxnreg=168)
+
+
+# See symmetric.py.
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+
+
+@lru_cache
+def _table(chain: Chain, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each product: whether its factors are x, slots of A, B, D and of the result; alpha, beta, diagonal."""
+    slots = [[p.a is None, p.a or 0, p.b or 0, -1 if p.add is None else p.add, p.out, 0, 0, 0] for p in chain.products]
+    scales = [[p.alpha, p.beta, p.diagonal, 0.0] for p in chain.products]
+    return torch.tensor(slots, dtype=torch.int32).to(device), torch.tensor(scales, dtype=torch.float32).to(device)
+
+
+@gluon.jit
+def _chain(x, wide, tall, table, scales, counts, s, k, n, tiles, total, TRANSPOSED: gl.constexpr):
+    """``wide`` and ``tall`` are the same matrices, the squares, in blocks of [64, 128] and [128, 64]."""
+    dtype: gl.constexpr = wide.dtype
+    if TRANSPOSED:
+        a = gl.allocate_shared_memory(dtype, [STAGES, 64, 128], LAYOUT)
+        b = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], LAYOUT)
+    else:
+        a = gl.allocate_shared_memory(dtype, [STAGES, 128, 64], LAYOUT)
+        b = gl.allocate_shared_memory(dtype, [STAGES, 256, 64], LAYOUT)
+    results = gl.allocate_shared_memory(dtype, [4, 64, 128], LAYOUT)  # two halves of each multiplier
+    tickets = gl.allocate_shared_memory(gl.int32, [4, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = new_barriers(STAGES, 1)  # a stage has been loaded, or is lent
+    empty = new_barriers(STAGES, 2)  # both multipliers, or storers, are done with it
+    added = new_barriers(2, 1)  # D is in a multiplier's results
+    handed = new_barriers(6, 1)  # a multiplier's first half, second half, and lent stage are to be stored
+    free = new_barriers(4, 1)  # results have been stored
+    drawn = new_barriers(4, 1)
+    taken = new_barriers(4, 4)
+    barriers = (full, empty, added, handed, free, drawn, taken)
+    buffers = (a, b, results, tickets)
+    geometry = (s, k, n, tiles, total)
+    gl.warp_specialize(
+        [
+            (multiplier, (table, scales, barriers, buffers, geometry, 0, TRANSPOSED)),
+            (multiplier, (table, scales, barriers, buffers, geometry, 1, TRANSPOSED)),
+            (loader, (x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED)),
+            (storer, (wide, tall, table, counts, barriers, buffers, geometry, 0, TRANSPOSED)),
+            (storer, (wide, tall, table, counts, barriers, buffers, geometry, 1, TRANSPOSED)),
+        ],
+        [4, 1, 1, 1],
+        [232, 40, 40, 40],
+    )

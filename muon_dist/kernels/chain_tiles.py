@@ -1,0 +1,97 @@
+"""What the warps of chain.py's programs have in common: the tiles and how they are shared out, memory, barriers."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+TILE = gl.constexpr(128)  # rows of a tile, and half of its columns
+DEPTH = gl.constexpr(64)  # of a stage
+STAGES = gl.constexpr(3)
+_GROUP = gl.constexpr(4)  # pairs of rows of tiles that are worked on together: they share what they read
+LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+# What the copy engine has written is there, for this program; what others wrote may be read by the copy engine.
+WAIT_FOR_STORES = gl.constexpr("cp.async.bulk.wait_group 0; fence.proxy.async.global; bar.warp.sync -1; mov.u32 $0, 0;")
+FENCE = gl.constexpr("fence.proxy.async.global; mov.u32 $0, 0;")
+
+# By the names they have in Triton 3.7 and later, and before.
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_IS_NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def tile_of(t, tiles, n, s):
+    """Product, matrix, row and column of the t-th tile, whether it is ``whole``, and whether it crosses the diagonal.
+
+    Row 2 g and row 2 g + 1 of tiles have g + 1 each, the last of which crosses the diagonal; in row 2 g only the left
+    half of that one is on or below it. _GROUP such pairs of rows are worked on column by column.
+    """
+    product = t // (n * tiles)
+    rest = t - product * (n * tiles)
+    m = rest // tiles
+    tile = rest - m * tiles
+    first = _root(tile) // _GROUP * _GROUP  # pair of the group
+    tile -= first * (first + 1)
+    rows = gl.minimum(2 * _GROUP, s // TILE - 2 * first)
+    is_left = tile < rows * first  # of the group's first pair's diagonal
+    beyond = gl.maximum(tile - rows * first, 0)
+    pair = _root(beyond)
+    within = beyond - pair * (pair + 1)
+    odd = within // (pair + 1)
+    column = within - odd * (pair + 1)
+    i = 2 * first + gl.where(is_left, tile % rows, 2 * pair + odd)
+    j = gl.where(is_left, tile // rows, first + column)
+    crosses = (is_left == 0) & (column == pair)
+    whole = (crosses == 0) | (odd == 1)
+    return product, m, i, j, whole, crosses
+
+
+@gluon.jit
+def _root(t):
+    """The largest g with g (g + 1) <= t."""
+    return ((gl.sqrt((4 * t + 1).to(gl.float32)) - 1) / 2 + 1e-3).to(gl.int32)
+
+
+@gluon.jit
+def draw(counts, tickets, drawn, taken, turn):
+    """The next tile of the queue, made known to the other warps."""
+    slot = turn % 4
+    t = gl.atomic_add(counts, 1, sem="relaxed")
+    mbarrier.wait(taken.index(slot), turn // 4 + 1 & 1)
+    tickets.index(slot).store(gl.full([32], t, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(drawn.index(slot))
+    return t
+
+
+@gluon.jit
+def take(tickets, drawn, taken, turn):
+    slot = turn % 4
+    mbarrier.wait(drawn.index(slot), turn // 4 & 1)
+    t = gl.max(tickets.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    mbarrier.arrive(taken.index(slot))
+    return t
+
+
+@gluon.jit
+def new_barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(barriers.index(i), count=arrivals)
+    return barriers
+
+
+@gluon.jit
+def turned(buffer):
+    """[128, 64] in the memory of [64, 128]."""
+    if _IS_NAMED:
+        other = buffer.reinterpret(buffer.dtype, [128, 64], LAYOUT)
+    else:
+        other = buffer._reinterpret(buffer.dtype, [128, 64], LAYOUT)
+    return other
+
+
+@gluon.jit
+def assemble(text: gl.constexpr):
+    gl.inline_asm_elementwise(text, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
