@@ -1,9 +1,11 @@
-"""Time, state and extra peak memory of one optimizer step on one GPU, beside torch's own optimizers.
+"""Time, state and extra peak memory of one optimizer step on one GPU, beside torch's own optimizers, and beside those
+of bitsandbytes, torchao and gram-newton-schulz where they are installed.
 
-    python benchmarks/step.py [--out step.json]
+    python benchmarks/step.py [--out step.json] [--only NAME ...]
 
 The parameters of a Llama with random bf16 gradients; nothing but the optimizer runs. Times are medians over steps, by
-CUDA events. "extra peak" is the most memory allocated during a step above what was allocated before it.
+CUDA events. "state" is the memory that an optimizer keeps between steps, "extra peak" the most that is allocated during a
+step above that.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from torch import nn
 
 from muon_dist import DistMuon
 from muon_dist.grouping import assign
-from muon_dist.memory import measured_state_bytes
 
 # Matrices of one layer, number of layers, and the embedding, of the Llama-3.2-1B parameters.
 LAYER = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)]
@@ -56,9 +57,39 @@ def dist_muon(**options: Any) -> Callable[[list[tuple[str, nn.Parameter]]], list
     return lambda named: [DistMuon(named, **options)]
 
 
+def gram_muon(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    from gram_newton_schulz import Muon
+
+    groups: dict[str, list[Any]] = {"muon": [], "adamw": []}
+    for assignment in assign(named):
+        groups[assignment.algorithm].append(assignment.parameter)
+    return [Muon(groups["muon"]), torch.optim.AdamW(groups["adamw"], fused=True)]
+
+
+def bitsandbytes(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    from bitsandbytes.optim import AdamW8bit
+
+    return [AdamW8bit([p for _, p in named])]
+
+
+def torchao(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    from torchao.optim import AdamW8bit
+
+    return [AdamW8bit([p for _, p in named])]
+
+
+def adamw8(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    """DistMuon's AdamW part alone."""
+    return [DistMuon(named, adamw_state="dynamic8", overrides={"*": "adamw"})]
+
+
 OPTIMIZERS: dict[str, Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Optimizer]]] = {
     "AdamW fused, all": adamw,
+    "bitsandbytes AdamW8bit, all": bitsandbytes,
+    "torchao AdamW8bit, all": torchao,
+    "DistMuon's 8-bit AdamW, all": adamw8,
     "torch.optim.Muon + AdamW fused": torch_muon,
+    "gram-newton-schulz Muon + AdamW fused": gram_muon,
     "DistMuon fp32": dist_muon(momentum_state="fp32"),
     "DistMuon linear8": dist_muon(momentum_state="linear8"),
     "DistMuon lowrank4": dist_muon(momentum_state="lowrank4"),
@@ -69,7 +100,9 @@ OPTIMIZERS: dict[str, Callable[[list[tuple[str, nn.Parameter]]], list[torch.opti
 
 
 def measure(make: Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Optimizer]]) -> dict[str, float]:
-    optimizers = make(parameters())
+    named = parameters()
+    given = torch.cuda.memory_allocated()
+    optimizers = make(named)
     times = []
     extra = 0
     for repeat in range(WARMUP + REPEATS):
@@ -87,7 +120,7 @@ def measure(make: Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Op
             extra = max(extra, torch.cuda.max_memory_allocated() - before)
     return {
         "milliseconds": statistics.median(times),
-        "state_gib": sum(measured_state_bytes(optimizer) for optimizer in optimizers) / 2**30,
+        "state_gib": (torch.cuda.memory_allocated() - given) / 2**30,
         "extra_peak_gib": extra / 2**30,
     }
 
@@ -95,20 +128,25 @@ def measure(make: Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Op
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    parser.add_argument("--only", nargs="*", default=[""], help="beginnings of names")
     arguments = parser.parse_args()
     figures = {}
     for name, make in OPTIMIZERS.items():
-        figures[name] = measure(make)
-        torch.cuda.empty_cache()
+        if name.startswith(tuple(arguments.only)):
+            try:
+                figures[name] = measure(make)
+            except ImportError as error:
+                print(f"without {name}: {error}")
+            torch.cuda.empty_cache()
     machine = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
     print(f"Llama-3.2-1B parameters, bf16, one {machine['device']}, torch {machine['torch']}\n")
-    print(f"{'optimizer':<36}{'step':>12}{'state':>12}{'extra peak':>14}")
+    print(f"{'optimizer':<40}{'step':>12}{'state':>12}{'extra peak':>14}")
     for name, f in figures.items():
-        print(f"{name:<36}{f['milliseconds']:>9.1f} ms{f['state_gib']:>8.2f} GiB{f['extra_peak_gib']:>10.2f} GiB")
+        print(f"{name:<40}{f['milliseconds']:>9.1f} ms{f['state_gib']:>8.2f} GiB{f['extra_peak_gib']:>10.2f} GiB")
     if arguments.out:
         arguments.out.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
 

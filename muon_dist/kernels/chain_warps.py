@@ -48,8 +48,6 @@ def loader(x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED
     t = draw(counts, tickets, drawn, taken, 0)
     may_start = t < n * tiles
     while t < total:
-        turn += 1
-        following = draw(counts, tickets, drawn, taken, turn)
         product, m, i, j, whole, crosses = tile_of(t, tiles, n, s)
         row = table + product * 8
         from_x = gl.load(row) != 0
@@ -83,11 +81,10 @@ def loader(x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED
                 top = (slot_d * n + m) * s + i * 128 + 64 * w
                 load(wide, [top, j * 256], added.index(w), results.index(2 * w))
                 load(wide, [top, j * 256 + 128], added.index(w), results.index(2 * w + 1), pred=whole)
-        # Asked early, and answered while this tile is multiplied.
-        product, m, _, _, _, _ = tile_of(following, tiles, n, s)
-        may_start = (product == 0) | (following >= total)
-        if may_start == 0:
-            may_start = _has_arrived(counts, product - 1, m, tiles, n)
+        # While the last stages are multiplied: the next tile, and whether it has to wait. (Drawn any earlier, it would
+        # keep others waiting.)
+        turn += 1
+        t = draw(counts, tickets, drawn, taken, turn)
         uses0 += gl.where(crosses, 1, 2)
         if whole:
             stage = it % STAGES
@@ -95,7 +92,10 @@ def loader(x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED
             mbarrier.arrive(full.index(stage))
             it += 1
             uses1 += 1
-        t = following
+        product, m, _, _, _, _ = tile_of(t, tiles, n, s)
+        may_start = (product == 0) | (t >= total)
+        if may_start == 0:
+            may_start = _has_arrived(counts, product - 1, m, tiles, n)
 
 
 @gluon.jit

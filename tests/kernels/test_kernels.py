@@ -92,7 +92,8 @@ def test_accumulate_and_apply(momentum_state: str, wire: str, block_size: int) -
 def test_pieces_of_parameters(momentum_state: str) -> None:
     shapes = {"experts.up": (2, 12, 40), "conv.weight": (6, 4, 3, 3), "qkv.weight": (14, 48)}
     splits = {} if momentum_state == "lowrank4" else {"experts.up": (5, 7), "qkv.weight": (8, 3, 3)}
-    tolerance = 0.03 if momentum_state == "lowrank4" else ROUNDED
+    # A code that rounding moves is a large part of pieces as small as these; CUDA's products are of half precision.
+    tolerance = (0.03 if DEVICE == "cpu" else 0.1) if momentum_state == "lowrank4" else ROUNDED
     require_equal(shapes, torch.float32, tolerance, momentum_state=momentum_state, wire="fp32", splits=splits)
 
 
