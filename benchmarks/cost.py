@@ -37,9 +37,9 @@ _RECODE_BYTES = 70
 class Machine:
     """FLOPs, bytes and seconds of one GPU and its links."""
 
-    polar_rate: float = 600e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
-    standard_overhead: float = 0.35e-3  # of a batch: what it takes beside its FLOPs
-    gram_overhead: float = 0.8e-3
+    polar_rate: float = 640e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
+    standard_overhead: float = 0.3e-3  # of a batch: what it takes beside its FLOPs
+    gram_overhead: float = 0.5e-3
     memory_rate: float = 4.1e12  # bytes read and written by element-wise kernels
     # Host time of a piece, in Python on one CPU core: measured where the kernels take many pieces a launch.
     accumulate_host: float = 16e-6
