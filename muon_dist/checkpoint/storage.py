@@ -26,6 +26,9 @@ from torch.futures import Future
 
 T = TypeVar("T")
 
+# Bytes. Linux caches larger writes in larger blocks of memory, which a virtual machine may have to ask its host for.
+_WRITTEN_AT_ONCE = 256 << 10
+
 # What the metadata of tensors is made of: classes of plain data, and names of dtypes and layouts.
 _SAFE = {
     "torch.distributed.checkpoint.metadata": (
@@ -78,8 +81,13 @@ class _Writer(FileSystemWriter):
         written = []
         with open(Path(self.path) / name, "wb") as file:
             for item in plan.items:
-                tensor = planner.resolve_data(item).detach().cpu().contiguous()
-                place = _StorageInfo(name, file.tell(), file.write(_memory_of(tensor)))
+                data = planner.resolve_data(item)
+                assert isinstance(data, Tensor)  # nothing else is given to `write`
+                tensor = data.detach().cpu().contiguous()
+                place = _StorageInfo(name, file.tell(), tensor.nbytes)
+                memory = _memory_of(tensor)
+                for start in range(0, tensor.nbytes, _WRITTEN_AT_ONCE):
+                    file.write(memory[start : start + _WRITTEN_AT_ONCE])
                 written.append(WriteResult(item.index, place.length, place))
         return _done(written)
 
@@ -94,12 +102,13 @@ class _Reader(FileSystemReader):
         for item in plan.items:
             place = self.storage_data[item.storage_index]
             target = planner.resolve_tensor(item).detach()
-            tensor = target if target.is_cpu and target.is_contiguous() else torch.empty_like(target, device="cpu")
+            in_place = target.is_cpu and target.is_contiguous()
+            tensor = target if in_place else torch.empty(target.shape, dtype=target.dtype)
             with open(Path(self.path) / place.relative_path, "rb") as file:
                 file.seek(place.offset)
                 if not place.length == tensor.nbytes == file.readinto(_memory_of(tensor)):
                     raise ValueError(f"{place.relative_path} has no {tensor.nbytes} bytes of {item.storage_index.fqn}")
-            if tensor is not target:
+            if not in_place:
                 target.copy_(tensor)
             planner.commit_tensor(item, target)
         return _done(None)
