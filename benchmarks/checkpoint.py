@@ -4,11 +4,13 @@
 
 - copy: the files of the checkpoint, copied and synced to the disk. save: `save_state`. async_save: until the checkpoint
   is there; "standing still" until training goes on.
-- read: these files, from the disk. load: `load_state`, which also checks their SHA-256. The system's cache of the files
-  is dropped before each.
+- read: these files, from the disk. load: `load_state`, which checks them first. The system's cache of the files is
+  dropped before each.
 - peak: host memory at its highest, above what the process had before; the state is one of the things that it had.
 
-Times are medians over the repeats. State lies in host memory.
+Times are medians over the repeats, with the lowest and the highest. State lies in host memory. Before each action the
+files are copied once more and deleted, so that all find memory for the cache in the same state: a virtual machine gets
+it from its host when it is first touched, which takes longer than writing to it.
 """
 
 from __future__ import annotations
@@ -90,6 +92,8 @@ def measure(optimizer: DistMuon, folder: Path, repeats: int) -> dict[str, dict[s
     for repeat in range(repeats):
         for name, action in actions.items():
             target = folder / f"{name} {repeat}"
+            copy_synced(saved, folder / "first")
+            shutil.rmtree(folder / "first")
             if name in ("read", "load"):
                 drop_cached(saved)
             os.sync()
@@ -125,7 +129,8 @@ def main() -> None:
     for name, entry in found.items():
         beside = "read" if name in ("read", "load") else "copy"
         ratio, peak = medians[name] / medians[beside], max(entry["peak_bytes"]) / 2**20
-        print(f"{name:28}{medians[name]:7.2f} s{ratio:7.2f} x {beside}{peak:8,.0f} MiB")
+        times = f"{medians[name]:7.2f} s ({min(entry['seconds']):.2f} to {max(entry['seconds']):.2f})"
+        print(f"{name:28}{times}{ratio:7.2f} x {beside}{peak:8,.0f} MiB")
     if options.out:
         facts = {"state_bytes": state, "largest_bytes": largest, "torch": torch.__version__}
         options.out.write_text(json.dumps({**facts, **found}, indent=2))

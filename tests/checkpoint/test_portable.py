@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -135,6 +137,44 @@ def test_damage_is_found_before_anything_changes(damage: Callable[[Path], None],
     with pytest.raises(ValueError, match=f"(?s)cannot be loaded; use an older checkpoint.*distcp|{name}"):
         load_state(loaded, tmp_path / "state")
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(loaded), strict=True))
+
+
+def test_every_block_of_a_file_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seal, "_BLOCK", 64)
+    monkeypatch.setattr(seal, "_READ_AT_ONCE", 24)
+    file, content = tmp_path / "file", bytes(range(200))
+    for changed in (None, *range(200)):
+        file.write_bytes(bytes(byte ^ (i == changed) for i, byte in enumerate(content)))
+        found = seal._describe(file)["crc32"]
+        assert len(found) == 4
+        differ = [i for i, checksum in enumerate(found) if checksum != crc32(content[64 * i : 64 * i + 64])]
+        assert differ == ([] if changed is None else [changed // 64])
+
+
+def test_a_disk_that_fails_is_named_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def load(rank: int) -> str:
+        optimizer = make(DistributedDataParallel(network()))
+        if rank == 0:
+            monkeypatch.setattr(os, "preadv", fail)  # in a process of its own
+        with pytest.raises(ValueError, match="cannot be loaded") as raised:
+            load_state(optimizer, tmp_path / "state")
+        return str(raised.value)
+
+    save_state(trained(), tmp_path / "state")
+    assert all("rank 0: .metadata cannot be read: Input/output error" in text for text in run_ranks(2, load))
+
+
+def test_tensors_come_back_however_they_lie(tmp_path: Path) -> None:
+    tensors = {"turned": torch.randn(5, 7).bfloat16().T, "scalar": torch.tensor(3), "none": torch.empty(0, 4)}
+    tensors["columns"] = torch.arange(30, dtype=torch.uint8).view(5, 6)[:, 1:4]
+    storage.write(tensors, tmp_path, None)
+    targets = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    targets["columns"] = torch.zeros(3, 5, dtype=torch.uint8).T
+    storage.TensorReader(tmp_path).read(targets)
+    assert all(torch.equal(tensor, targets[name]) for name, tensor in tensors.items())
 
 
 def reseal(folder: Path) -> None:
