@@ -4,8 +4,13 @@ of bitsandbytes, torchao and gram-newton-schulz where they are installed.
     python benchmarks/step.py [--out step.json] [--only NAME ...]
 
 The parameters of a Llama with random bf16 gradients; nothing but the optimizer runs. Times are medians over steps, by
+<<<<<<< HEAD
 CUDA events. "state" is the memory that an optimizer keeps between steps, "extra peak" the most that is allocated during a
 step above that.
+=======
+CUDA events. "extra peak" is the most memory allocated during a step above what was allocated before it. State "on the
+host" lies in page-locked memory there: each step moves it over the bus, to the GPU and back.
+>>>>>>> wt-b
 """
 
 from __future__ import annotations
@@ -92,6 +97,7 @@ OPTIMIZERS: dict[str, Callable[[list[tuple[str, nn.Parameter]]], list[torch.opti
     "gram-newton-schulz Muon + AdamW fused": gram_muon,
     "DistMuon fp32": dist_muon(momentum_state="fp32"),
     "DistMuon linear8": dist_muon(momentum_state="linear8"),
+    "DistMuon linear8, offloaded": dist_muon(momentum_state="linear8", offload_momentum=True),
     "DistMuon lowrank4": dist_muon(momentum_state="lowrank4"),
     "DistMuon grasp4": dist_muon(momentum_state="grasp4"),
     "DistMuon nf4": dist_muon(momentum_state="nf4"),
@@ -118,9 +124,21 @@ def measure(make: Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Op
         if repeat >= WARMUP:
             times.append(start.elapsed_time(end))
             extra = max(extra, torch.cuda.max_memory_allocated() - before)
+    on_host = sum(
+        value.nbytes
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.is_pinned()
+    )
     return {
         "milliseconds": statistics.median(times),
+<<<<<<< HEAD
         "state_gib": (torch.cuda.memory_allocated() - given) / 2**30,
+=======
+        "state_gib": (sum(measured_state_bytes(optimizer) for optimizer in optimizers) - on_host) / 2**30,
+        "on_host_gib": on_host / 2**30,
+>>>>>>> wt-b
         "extra_peak_gib": extra / 2**30,
     }
 
@@ -144,9 +162,16 @@ def main() -> None:
         "python": platform.python_version(),
     }
     print(f"Llama-3.2-1B parameters, bf16, one {machine['device']}, torch {machine['torch']}\n")
+<<<<<<< HEAD
     print(f"{'optimizer':<40}{'step':>12}{'state':>12}{'extra peak':>14}")
     for name, f in figures.items():
         print(f"{name:<40}{f['milliseconds']:>9.1f} ms{f['state_gib']:>8.2f} GiB{f['extra_peak_gib']:>10.2f} GiB")
+=======
+    print(f"{'optimizer':<36}{'step':>12}{'state':>12}{'on the host':>14}{'extra peak':>14}")
+    for name, f in figures.items():
+        gib = f"{f['state_gib']:>8.2f} GiB{f['on_host_gib']:>10.2f} GiB{f['extra_peak_gib']:>10.2f} GiB"
+        print(f"{name:<36}{f['milliseconds']:>9.1f} ms{gib}")
+>>>>>>> wt-b
     if arguments.out:
         arguments.out.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
 

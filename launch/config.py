@@ -51,6 +51,7 @@ class TrainConfig:
     )
     polar: Annotated[Polar, "coefficients of dist_muon's Newton-Schulz iteration"] = "polar_express"
     wire: Annotated[Wire, "how dist_muon's matrices travel"] = "bf16"
+    offload_momentum: Annotated[bool, "keep dist_muon's momentum in page-locked memory of the host (on GPUs)"] = False
     lr: Annotated[float, "peak learning rate of the matrices that Muon updates"] = 2e-2
     adamw_lr: Annotated[float, "peak learning rate of everything that AdamW updates"] = 3e-3
     momentum: Annotated[float, "Muon's momentum"] = 0.95
@@ -121,6 +122,7 @@ class EstimateConfig:
     adamw_state: Annotated[AdamWState, "how dist_muon stores the moments of what it gives to AdamW"] = "fp32"
     wire: Annotated[Wire, "how dist_muon's matrices travel"] = "bf16"
     chunk_bytes: Annotated[int, "bound on each of the exchange's buffers on a rank"] = DEFAULT_CHUNK_BYTES
+    offload_momentum: Annotated[bool, "keep dist_muon's momentum in page-locked memory of the host (on GPUs)"] = False
 
     out: Annotated[Path | None, "write the figures here, as JSON"] = None
     plot: Annotated[Path | None, "draw them here"] = None

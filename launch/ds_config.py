@@ -47,7 +47,10 @@ ENGINE_ENTRIES = (
 )
 DIST_MUON_ENTRIES = tuple(
     Entry(f"optimizer.params.{option}", option)
-    for option in ("lr", "momentum", "weight_decay", "momentum_state", "block_size", "polar", "wire", "adamw_lr")
+    for option in (
+        *("lr", "momentum", "weight_decay", "momentum_state", "block_size", "polar", "wire", "offload_momentum"),
+        "adamw_lr",
+    )
 )
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 

@@ -27,8 +27,8 @@ BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Bytes on the rank that has the most. ``workspace`` is what DistMuon's step needs beside what is kept, and gives
-    back: the activations are gone by then. A peer's is not known."""
+    """Bytes of device memory on the rank that has the most. ``workspace`` is what DistMuon's step needs beside what is
+    kept, and gives back: the activations are gone by then. A peer's is not known."""
 
     name: str
     parameters: int
@@ -101,11 +101,13 @@ def estimate(grouping: Grouping, config: EstimateConfig) -> tuple[list[Row], For
         adamw_state=config.adamw_state,
         wire=config.wire,
         chunk_bytes=config.chunk_bytes,
+        offload_momentum=config.offload_momentum,
     )
     try:
         found = forecast(job.calls, job.ranks, options)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    on_device = [state - offloaded for state, offloaded in zip(found.state, found.offloaded, strict=True)]
     # DeepSpeed's Muon where DeepSpeed is: the stage that is nearest to the engine.
     stage = (3 if config.engine == "fsdp2" else 0) if config.zero_stage is None else config.zero_stage
     zero = job_of(in_deepspeeds_order(grouping), config, stage)
@@ -114,7 +116,7 @@ def estimate(grouping: Grouping, config: EstimateConfig) -> tuple[list[Row], For
         job.row("AdamW, 8-bit (bitsandbytes)", adamw8bit(job.calls, job.ranks)),
         job.row("Muon, fp32 momentum", fp32_muon(job.calls, job.ranks)),
         zero.row(f"DeepSpeed's Muon, ZeRO-{stage}", deepspeed_muon(zero.calls, zero.ranks, stage, BYTES[config.dtype])),
-        job.row(f"DistMuon, {config.momentum_state}", found.state, found.workspace),
+        job.row(f"DistMuon, {config.momentum_state}", on_device, found.workspace),
     ]
     return rows, found
 
@@ -135,6 +137,7 @@ def run(model: str, config: EstimateConfig) -> None:
             "rows": [dataclasses.asdict(row) for row in rows],
             "buffers": max(found.buffers),
             "polar": max(found.polar),
+            "offloaded": max(found.offloaded),
             "sent": max(found.sent),
             "flops": max(found.flops),
         }
@@ -172,10 +175,13 @@ def step(found: Forecast) -> str:
     mean = sum(found.flops) / len(found.flops)
     chunks = sum(len(plan.chunks) for plan in found.plans)
     sent, buffers, polar = (_shown(max(each)) for each in (found.sent, found.buffers, found.polar))
+    host = max(found.offloaded)
+    offloaded = f";\n{_shown(host)} of momentum in memory of the host, which a step reads and writes" if host else ""
     return (
         f"a step of DistMuon: {max(found.flops) / 1e12:.3g} TFLOP of polar factors on the busiest rank, "
         f"{max(found.flops) / mean:.2f} times the mean;\n"
         f"{sent} sent by the rank that sends most; buffers {buffers}, polar factors {polar}; chunks: {chunks}"
+        f"{offloaded}"
     )
 
 

@@ -31,6 +31,7 @@ def build_optimizers(config: TrainConfig, model: nn.Module) -> list[Optimizer]:
                 block_size=config.block_size,
                 polar=config.polar,
                 wire=config.wire,
+                offload_momentum=config.offload_momentum,
                 adamw_lr=config.adamw_lr,
                 adamw_betas=ADAMW_BETAS,
             )

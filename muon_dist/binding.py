@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,16 @@ class Binding:
         """
         with record_function("muon_dist.adamw"):
             update_all(self.adamw, self.device, taken)
+
+    @cached_property
+    def is_offloaded(self) -> bool:
+        """Whether kernels read and write state in page-locked memory of the host."""
+        return any(p.momentum.layout.pinned for p in self.muon)
+
+    def let_host_in(self) -> None:
+        """Waits until kernels are done with state on the host, which may then be read, written or freed there."""
+        if self.is_offloaded:
+            synchronize(self.device)
 
     def stored(self) -> Iterator[tuple[Shard, StoredTensor]]:
         """All state of this rank, with the parameter that each is of."""
@@ -121,6 +132,11 @@ def bind(groups: ParamGroups, shards: Iterable[Shard], options: Options) -> Bind
     for parameter in bound:
         parameter.create_state()
     return Binding(signature(groups), shards, muon, adamw, _common_device(shards))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all streams of ``device``."""
+    torch.get_device_module(device).synchronize(device)
 
 
 def _common_device(shards: Iterable[Shard]) -> torch.device:

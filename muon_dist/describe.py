@@ -46,14 +46,15 @@ def _groups(groups: ParamGroups, binding: Binding) -> Iterator[str]:
 
 
 def _state(binding: Binding) -> Iterator[str]:
-    count: Counter[tuple[str, str]] = Counter()
-    nbytes: Counter[tuple[str, str]] = Counter()
+    count: Counter[tuple[str, str, bool]] = Counter()
+    nbytes: Counter[tuple[str, str, bool]] = Counter()
     for _, stored in binding.stored():
-        key = (stored.label, stored.codec.name)
+        key = (stored.label, stored.codec.name, stored.layout.pinned)
         count[key] += 1
         nbytes[key] += stored.nbytes
-    for (label, codec), n in count.items():
-        yield f"    {label:<16} {codec:<9} {n:>5} tensors {nbytes[label, codec]:>16,} B"
+    for (label, codec, pinned), n in count.items():
+        where = " on the host, read and written by every step" if pinned else ""
+        yield f"    {label:<16} {codec:<9} {n:>5} tensors {nbytes[label, codec, pinned]:>16,} B{where}"
 
 
 def _layouts(plan: Plan, index: int) -> Iterator[str]:

@@ -27,6 +27,7 @@ class Forecast:
 
     Attributes:
         state: bytes that are kept between steps.
+        offloaded: how many of these are momentum in memory of the host; a step reads and writes them over the bus.
         buffers: bytes of the exchange's buffers; they live for a step.
         polar: bytes of the largest batch of polar factors, beside the buffers.
         sent: bytes that go to other ranks in a step.
@@ -35,6 +36,7 @@ class Forecast:
     """
 
     state: tuple[int, ...]
+    offloaded: tuple[int, ...]
     buffers: tuple[int, ...]
     polar: tuple[int, ...]
     sent: tuple[int, ...]
@@ -56,7 +58,8 @@ def forecast(
         calls: the parameters, by the call of ``step()`` that updates them: one call, or as many as an engine makes. All
             parameters lie on all ranks.
         options: as the optimizer will be given.
-        device: where it will run; a CUDA device if None. Only the dtype of the iteration depends on it.
+        device: where it will run; a CUDA device if None. The dtype of the iteration depends on it, and whether momentum
+            can be offloaded.
     """
     device = device or torch.device("cuda")
     wire = wire_format(options.wire)
@@ -73,9 +76,12 @@ def forecast(
         if matrices:
             plans.append(make_plan(matrices, ranks, wire, options.chunk_bytes))
     loads = [loads_of(plan, wire, memory) for plan in plans]
-    state = state_bytes_by_rank((placed for call in calls for placed in call), ranks, options)
+    parameters = [placed for call in calls for placed in call]
+    offloads = options.offload_momentum and device.type == "cuda"
+    offloaded = [placed for placed in parameters if offloads and placed.assignment.form]
     return Forecast(
-        tuple(state),
+        tuple(state_bytes_by_rank(parameters, ranks, options)),
+        tuple(state_bytes_by_rank(offloaded, ranks, options)),
         _each_rank(max, ranks, (load.buffers for load in loads)),
         _each_rank(max, ranks, (load.polar for load in loads)),
         _each_rank(sum, ranks, (load.sent for load in loads)),

@@ -119,7 +119,7 @@ class MuonMatrix:
         if not codec.row_wise and g.device == packed.device:
             stacks.take(codec, Member(g, buffers, packed), *self._decays)
             return
-        with on_device(buffers, packed.device, taken) as here:
+        with on_device(buffers, packed.device, taken, wait=not self.momentum.layout.pinned) as here:
             self._accumulate(g.to(packed.device, non_blocking=True), codec, here, wire, packed)
 
     def _accumulate(
@@ -209,7 +209,8 @@ class MuonMatrix:
 
         def find() -> Entry | None:
             piece, (codec, buffers) = self._piece(whole, rect), self.stored(rect)
-            if not codec.row_wise or whole.device != packed.device:
+            readers = {whole.device, *map(kernels.reader_of, buffers.values())}
+            if not codec.row_wise or readers != {packed.device}:
                 return None
             travelling = wire.for_kernels(packed, *piece.shape)
             return Entry.of(whole, piece, packed, travelling, codec.for_kernels(buffers))

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import finalize
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from muon_dist.agreement import all_finite, nonfinite_names
-from muon_dist.binding import Binding, Signature, bind, named, signature, tensor_shards
+from muon_dist.binding import Binding, Signature, bind, named, signature, synchronize, tensor_shards
 from muon_dist.connections import Connections, ProcessGroups, connect
 from muon_dist.describe import describe
 from muon_dist.forms import Forms
@@ -49,7 +50,7 @@ from muon_dist.plan import Plan
 from muon_dist.polar import schedule
 from muon_dist.sharding import local
 from muon_dist.shards import Shard
-from muon_dist.state_dict import require_matching, require_same_members
+from muon_dist.state_dict import loaded, require_matching, require_same_members
 from muon_dist.statistics import Observer
 
 
@@ -81,6 +82,9 @@ class DistMuon(torch.optim.Optimizer):
         wire: how matrices travel to their owners and back: "fp32", "bf16" (fp16 on the way back), "int8", "nf4".
         chunk_bytes: bound on each of the exchange's buffers on a rank (there are four, or two in a single process). A
             matrix that is larger sets the bound itself.
+        offload_momentum: keep the momentum of parameters on a GPU in page-locked memory of the host. Kernels read and
+            write it there over the bus, while polar factors are computed. It changes no bit of the training, and
+            nothing for parameters on the host. What ``state_dict()`` gives then has to be read before the next step.
         adamw_lr, adamw_betas, adamw_eps: of the AdamW part.
         adamw_weight_decay: of embeddings, heads and stacks. Vectors and scalars are not decayed; give them a group with
             ``algorithm="adamw"`` and a ``weight_decay`` if they should be.
@@ -124,6 +128,7 @@ class DistMuon(torch.optim.Optimizer):
         polar_dtype: torch.dtype | None = None,
         wire: Wire = "bf16",
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        offload_momentum: bool = False,
         adamw_lr: float = 3e-4,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
@@ -148,6 +153,7 @@ class DistMuon(torch.optim.Optimizer):
             polar_dtype=polar_dtype,
             wire=wire,
             chunk_bytes=chunk_bytes,
+            offload_momentum=offload_momentum,
             adamw_state=adamw_state,
             nonfinite=nonfinite,
             forms=Forms(splits or {}, transposed),
@@ -190,9 +196,11 @@ class DistMuon(torch.optim.Optimizer):
         self._grouping.extend(grouping)
 
     def bound(self) -> Binding:
-        """The parameters as they are now, with their state, found to be alike on all ranks. Collective."""
+        """The parameters as they are now, with their state, for the host to read and write before the next step, and
+        found to be alike on all ranks. Collective."""
         binding = self._bind()
         self._connect(binding)
+        binding.let_host_in()
         return binding
 
     def grouping(self) -> Grouping:
@@ -248,7 +256,7 @@ class DistMuon(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's; complete from the start, since checkpoints are loaded into what exists."""
-        self._bind()
+        self._bind().let_host_in()
         return super().state_dict()
 
     @torch.no_grad()
@@ -259,7 +267,7 @@ class DistMuon(torch.optim.Optimizer):
         Raises:
             ValueError: the state was saved with other codecs, shapes or algorithms; nothing is changed.
         """
-        self._bind()
+        self._bind().let_host_in()
         saved = state_dict["state"]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         ours = list(named(self.param_groups))
@@ -269,11 +277,15 @@ class DistMuon(torch.optim.Optimizer):
         scalars = {
             key: {k: v for k, v in entries.items() if not isinstance(v, Tensor)} for key, entries in saved.items()
         }
+        pinned = {
+            parameter: {k: v for k, v in entries.items() if isinstance(v, Tensor) and local(v).is_pinned()}
+            for parameter, entries in self.state.items()
+        }
         super().load_state_dict({**state_dict, "state": scalars})
         for key, (_, parameter, _) in zip(keys, ours, strict=True):
             for k, v in saved.get(key, {}).items():
                 if isinstance(v, Tensor):
-                    self.state[parameter][k] = v.to(local(parameter).device)
+                    self.state[parameter][k] = loaded(v, local(parameter).device, pinned[parameter].get(k))
         for group in self.param_groups:
             for option in GROUP_OPTIONS:
                 group.setdefault(option, self._defaults.muon[option])
@@ -301,11 +313,15 @@ class DistMuon(torch.optim.Optimizer):
         key = signature(self.param_groups)
         if key not in self._bindings:
             self._forget_replaced()
-            self._bindings[key] = bind(self.param_groups, self._shards(), self._options)
+            self._bindings[key] = binding = bind(self.param_groups, self._shards(), self._options)
+            if binding.is_offloaded:  # the state must not be freed while kernels use it
+                finalize(self, synchronize, binding.device).atexit = False
         return self._bindings[key]
 
     def _forget_replaced(self) -> None:
         """Drops what belongs to parameters that the groups had before."""
+        for binding in self._bindings.values():
+            binding.let_host_in()
         self._bindings.clear()
         self._connections.clear()
         present = {id(p) for _, p, _ in named(self.param_groups)}

@@ -42,6 +42,7 @@ class Options:
     polar_dtype: torch.dtype | None = None
     wire: Wire = "bf16"
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    offload_momentum: bool = False
     adamw_state: AdamWState = "fp32"
     nonfinite: Nonfinite = "propagate"
     forms: Forms = field(default_factory=Forms)
@@ -54,6 +55,8 @@ class Options:
                 require_one_of(name, value, get_args(hints[name]))
             elif hints[name] is int and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: it must be a positive integer")
+            elif hints[name] is bool and not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: it must be True or False")
         if self.rank_fraction is not None and not 0 < self.rank_fraction <= 1:
             raise ValueError(f"rank_fraction={self.rank_fraction!r}: it must be above 0 and at most 1, or None")
         if self.polar_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):

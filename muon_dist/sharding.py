@@ -240,9 +240,11 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
 
 
 def wrap_local(piece: Tensor, shape: Sequence[int], mesh: DeviceMesh | None, placements: Placements) -> Tensor:
-    """``piece`` as this rank's part of a DTensor of global ``shape``, so that checkpoints can reshard it."""
+    """``piece``, left where it lies, as this rank's part of a DTensor of ``shape``, so that checkpoints can reshard
+    it."""
     if mesh is None:
         return piece
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     whole = DTensor.from_local(piece, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides))
-    return whole.to(piece.device)  # from_local() takes what is offloaded to the mesh's device
+    # from_local() takes a part on the host to the mesh's device; this one stays where it is.
+    return DTensor(piece, whole._spec, requires_grad=False)

@@ -99,12 +99,16 @@ def _accumulate_fused(
 
 
 def _stacked(members: Sequence[Member], names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The members' buffers of these names, or all, one member behind the other."""
-    return {name: torch.stack([m.buffers[name] for m in members]) for name in names or members[0].buffers}
+    """The members' buffers of these names, or all, one member behind the other, where their gradients are."""
+    device = members[0].gradient.device
+    return {
+        name: torch.stack([m.buffers[name].to(device, non_blocking=True) for m in members])
+        for name in names or members[0].buffers
+    }
 
 
 def _put_back(stacked: Mapping[str, Tensor], members: Sequence[Member], taken: Tensor | None) -> None:
     if taken is not None:
         stacked = {name: torch.where(taken, stacked[name], old) for name, old in _stacked(members, stacked).items()}
-    for name, buffer in stacked.items():
-        torch._foreach_copy_([member.buffers[name] for member in members], list(buffer.unbind()))
+    for name, buffer in stacked.items():  # page-locked ones are not waited for here
+        torch._foreach_copy_([member.buffers[name] for member in members], list(buffer.unbind()), non_blocking=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,8 @@ class StateLayout:
         device: where the parts lie.
         extent: of a matrix, or of each of a stack; None for other shapes.
         form: of the parameter, for the momentum of matrices.
+        pinned: whether ``device`` is the host and the memory page-locked: kernels address it over the bus, and are
+            waited for before the host does.
     """
 
     shape: tuple[int, ...]
@@ -55,6 +57,7 @@ class StateLayout:
     device: torch.device
     extent: Extent | None
     form: Form | None = None
+    pinned: bool = False
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -106,7 +109,7 @@ class StoredTensor:
         whole = self.codec.whole(layout.shape)
         for buffer, spec in self.codec.buffers(layout.local_shape).items():
             if self._entry(buffer) not in state:
-                part = torch.zeros(spec.shape, dtype=spec.dtype, device=layout.device)
+                part = torch.zeros(spec.shape, dtype=spec.dtype, device=layout.device, pin_memory=layout.pinned)
                 state[self._entry(buffer)] = wrap_local(part, whole[buffer].shape, layout.mesh, layout.placements)
 
     @cached_property
@@ -205,6 +208,8 @@ def momentum_of(layout: StateLayout, options: Options, prefix: str = "") -> Stor
         codec = codec_of_run(MOMENTUM, name, block, layout.region, form, options.rank_fraction)
     else:
         codec = codec_of(MOMENTUM, name, block, layout.extent, options.rank_fraction)
+    if options.offload_momentum and layout.device.type == "cuda":
+        layout = replace(layout, device=torch.device("cpu"), pinned=True)
     return StoredTensor(prefix, MOMENTUM, codec, layout)
 
 

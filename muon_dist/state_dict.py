@@ -1,11 +1,14 @@
-"""What a saved state must have to be loaded: the same parameters, in the same codecs and shapes."""
+"""What a saved state must have to be loaded: the same parameters, in the same codecs and shapes; and where it goes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from muon_dist.sharding import local
 
 
 def require_same_members(saved: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> None:
@@ -37,3 +40,11 @@ def require_matching(name: str, saved: Mapping[str, Any], ours: Mapping[str, Any
                 f"{name}: the saved {key} is {theirs.dtype} {tuple(theirs.shape)}, expected {value.dtype} "
                 f"{tuple(value.shape)}; construct the optimizer with the block_size and layout that it was saved with"
             )
+
+
+def loaded(value: Tensor, device: torch.device, place: Tensor | None) -> Tensor:
+    """``value`` on ``device``, or in ``place``, page-locked memory, where there is such."""
+    if place is None:
+        return value.to(device)
+    local(place).copy_(local(value))
+    return place

@@ -76,7 +76,7 @@ class _WatchedWork:
         self._work.accumulate(pieces)
         for matrix, rect, exact in seen:
             norm = torch.linalg.vector_norm(exact)
-            error = torch.linalg.vector_norm(exact.sub_(_momentum(matrix, rect)))
+            error = torch.linalg.vector_norm(exact.sub_(_momentum(matrix, rect, exact.device)))
             # Where several ranks keep the same momentum, each counts its part.
             share = 1 / (1 + len(matrix.matrix.geometry.pieces[0].kept_by))
             self._add(_MOMENTUM, norm.square(), share)
@@ -117,13 +117,14 @@ def _next_momentum(matrix: MuonMatrix, rect: Rect) -> Tensor | None:
     gradient = matrix.gradient(rect)
     if gradient is None:
         return None
-    return _momentum(matrix, rect).lerp_(gradient.float(), 1 - matrix.shard.group["momentum"])
+    return _momentum(matrix, rect, gradient.device).lerp_(gradient.float(), 1 - matrix.shard.group["momentum"])
 
 
-def _momentum(matrix: MuonMatrix, rect: Rect) -> Tensor:
-    """As it is stored on this rank, [rows, cols], in memory of its own."""
+def _momentum(matrix: MuonMatrix, rect: Rect, device: torch.device) -> Tensor:
+    """As it is stored on this rank, [rows, cols], in memory of its own on ``device``: what lies on the host may still
+    be being written."""
     codec, buffers = matrix.stored(rect)
-    return codec.decode(buffers, rect.cols)
+    return codec.decode({name: buffer.to(device, non_blocking=True) for name, buffer in buffers.items()}, rect.cols)
 
 
 def _figures(sums: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import subprocess
@@ -17,9 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon_dist import DistMuon
-from muon_dist.checkpoint import async_save, load_state
+from muon_dist.checkpoint import async_save, load_state, save_state
 from muon_dist.options import PolarForm
 from muon_dist.polar import polar_factor, schedule
+from muon_dist.sharding import local
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -53,7 +55,15 @@ def train(sharded: bool, offloaded: bool = False, **options: Any) -> dict[str, T
         for name, gradient in values(1 + step).items():
             parameters[name].grad = place(gradient)
         optimizer.step()
+        if options.get("offload_momentum"):
+            optimizer.load_state_dict(optimizer.state_dict())
+            assert is_pinned(optimizer, parameters["a.weight"])
     return {n: whole(p.detach()).cpu() for n, p in parameters.items()}
+
+
+def is_pinned(optimizer: DistMuon, parameter: Tensor) -> bool:
+    """Whether all of this rank's state of a parameter lies in page-locked memory of the host."""
+    return all(local(buffer).is_pinned() for buffer in optimizer.state[parameter].values())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -63,7 +73,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
-    ("state", "wire", "place"), [("fp32", "fp32", ""), ("linear8", "bf16", ""), ("linear8", "bf16", "offloaded")]
+    ("state", "wire", "place"),
+    [
+        ("fp32", "fp32", ""),
+        ("linear8", "bf16", ""),
+        ("linear8", "bf16", "offloaded"),
+        ("linear8", "bf16", "momentum offloaded"),
+    ],
 )
 def test_nccl_ranks_equal_the_single_process(ranks: int, state: str, wire: str, place: str, tmp_path: Path) -> None:
     """Each rank takes another host's name, so that NCCL lets them share the device."""
@@ -111,9 +127,10 @@ def test_a_matrix_cut_out_of_another_has_its_own_polar_factor() -> None:
     assert torch.equal(polar_factor(cut, steps), polar_factor(cut.contiguous(), steps))
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 @pytest.mark.parametrize("momentum_state", ["linear8", "lowrank4"])
-def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any) -> None:
+def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any, offload: bool) -> None:
     parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
     optimizer = DistMuon(
         list(parameters.items()),
@@ -121,6 +138,7 @@ def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any) 
         adamw_state="dynamic8",
         momentum_state=momentum_state,
         nonfinite=nonfinite,
+        offload_momentum=offload,
     )
     for name, gradient in values(1).items():
         parameters[name].grad = gradient
@@ -130,6 +148,56 @@ def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any) 
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("momentum_state", ["fp32", "linear8", "dynamic8", "nf4", "grasp4", "lowrank4"])
+def test_offloaded_momentum_trains_to_the_same_bits_and_stays_on_the_host(momentum_state: Any, tmp_path: Path) -> None:
+    """Through steps, and what loads a state: a portable one that was saved from the GPU, too."""
+
+    def train_and_load(offload: bool) -> list[Tensor]:
+        parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
+        optimizer = DistMuon(
+            list(parameters.items()), chunk_bytes=1 << 20, momentum_state=momentum_state, offload_momentum=offload
+        )
+
+        def step(seed: int) -> None:
+            for name, gradient in values(seed).items():
+                parameters[name].grad = gradient
+            optimizer.step()
+            assert is_pinned(optimizer, parameters["a.weight"]) == offload
+
+        step(1)
+        step(2)
+        save_state(optimizer, tmp_path / f"offloaded {offload}")
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        step(3)
+        assert not load_state(optimizer, tmp_path / "offloaded False").encoded
+        optimizer.observer.observing = True
+        step(4)
+        optimizer.load_state_dict(optimizer.state_dict())
+        step(5)
+        state = [buffer.cpu() for buffer in optimizer.state_dict()["state"][0].values()]
+        return [*(p.detach() for p in parameters.values()), *optimizer.observer.latest.values(), *state]
+
+    for ours, theirs in zip(train_and_load(False), train_and_load(True), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("momentum_state", ["linear8", "lowrank4"])
+def test_a_skipped_step_leaves_offloaded_momentum_as_it_is(momentum_state: Any) -> None:
+    parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
+    optimizer = DistMuon(
+        list(parameters.items()), momentum_state=momentum_state, nonfinite="skip", offload_momentum=True
+    )
+
+    def state_after_a_step(factor: float) -> list[Tensor]:
+        for name, gradient in values(1).items():
+            parameters[name].grad = gradient * factor
+        optimizer.step()
+        return [t.clone() for entries in optimizer.state_dict()["state"].values() for t in entries.values()]
+
+    before = state_after_a_step(1.0)
+    assert all(torch.equal(a, b) for a, b in zip(state_after_a_step(float("inf")), before, strict=True))
 
 
 def test_grad_scaler_finds_its_scale_in_fp16_and_overflows_leave_no_trace() -> None:
@@ -194,7 +262,13 @@ def _run_rank(state: str, wire: str, place: str, out: str) -> None:
     torch.cuda.set_device(0)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("nccl", init_method=f"file://{os.environ['STORE']}", rank=rank, world_size=ranks)
-    weights = train(sharded=True, offloaded=place == "offloaded", momentum_state=state, wire=wire)
+    weights = train(
+        sharded=True,
+        offloaded=place == "offloaded",
+        offload_momentum=place == "momentum offloaded",
+        momentum_state=state,
+        wire=wire,
+    )
     Path(out).write_bytes(pickle.dumps(weights))
     dist.destroy_process_group()
 

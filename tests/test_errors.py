@@ -34,6 +34,7 @@ def matrix() -> nn.Parameter:
         ({"block_size": 0}, r"block_size=0.*positive"),
         ({"rank_fraction": 2}, r"rank_fraction=2.*at most 1"),
         ({"chunk_bytes": -1}, r"chunk_bytes=-1.*positive"),
+        ({"offload_momentum": "cpu"}, r"offload_momentum='cpu'.*True or False"),
         ({"nonfinite": "ignore"}, r"nonfinite='ignore'.*'raise'"),
         ({"lr": -0.1}, r"lr=-0.1"),
         ({"momentum": 1.0}, r"momentum=1.0.*less than 1"),

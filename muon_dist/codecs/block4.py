@@ -31,7 +31,7 @@ from muon_dist.codecs.blocks import (
     to_blocks,
 )
 from muon_dist.codecs.protocol import BufferSpec
-from muon_dist.kernels import Encoded, Tables
+from muon_dist.kernels import Encoded, Tables, reader_of
 
 Map = Literal["int4", "nf4", "lloyd4"]
 
@@ -58,7 +58,7 @@ class Block4(BlockCodec):
         }
 
     def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
-        return Encoded("block4", buffers, self.block, tables_on(buffers["codes"].device, self.name))
+        return Encoded("block4", buffers, self.block, tables_on(reader_of(buffers["codes"]), self.name))
 
     def _encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         blocks = to_blocks(values, self.block)  # [..., blocks, block]

@@ -24,7 +24,7 @@ from muon_dist.codecs.blocks import (
     to_blocks,
 )
 from muon_dist.codecs.protocol import BufferSpec
-from muon_dist.kernels import CELL_SHIFT, CELLS, FIRST_CELL, Encoded, Tables
+from muon_dist.kernels import CELL_SHIFT, CELLS, FIRST_CELL, Encoded, Tables, reader_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Dynamic8(BlockCodec):
         }
 
     def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
-        return Encoded(self.name, buffers, self.block, _map_on(buffers["codes"].device, self.signed))
+        return Encoded(self.name, buffers, self.block, _map_on(reader_of(buffers["codes"]), self.signed))
 
     def _encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         blocks = to_blocks(values, self.block)  # [..., blocks, block]

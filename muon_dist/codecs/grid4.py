@@ -20,7 +20,7 @@ from torch.nn import functional
 from muon_dist.codecs.block4 import nearest, pack, packed_cols, tables_on, unpack
 from muon_dist.codecs.blocks import SCALE_DTYPE, SMALLEST_SCALE, block_count, reciprocal
 from muon_dist.codecs.protocol import BufferSpec
-from muon_dist.kernels import Encoded
+from muon_dist.kernels import Encoded, reader_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Grid4:
         return self._specs(shape, parts=self.row_cuts)
 
     def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
-        return Encoded(self.name, buffers, self.tile, tables_on(buffers["codes"].device, "int4"))
+        return Encoded(self.name, buffers, self.tile, tables_on(reader_of(buffers["codes"]), "int4"))
 
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         tiles = self._tiles(values.float())  # [..., tile rows, tile, tile columns, tile]

@@ -21,6 +21,11 @@ def usable_on(device: torch.device) -> bool:
     return HAS_TRITON and device.type == "cuda"
 
 
+def reader_of(tensor: Tensor) -> torch.device:
+    """The device whose kernels address a tensor: its own, or for page-locked memory of the host the current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if tensor.is_pinned() else tensor.device
+
+
 # Cells of the line: fp32 numbers of one sign that share their exponent and first seven digits, from 2^-23 to 2.
 CELL_SHIFT = 23 - 7
 FIRST_CELL = (127 - 23) << 7

@@ -88,6 +88,17 @@ def test_what_peers_of_torch_keep_is_what_they_say() -> None:
     assert by_name["AdamW"].parameters == sum(p.nbytes for p in model.parameters())
 
 
+def test_offloaded_momentum_lies_on_the_host(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    states = []
+    for offload in ([], ["--offload-momentum"]):
+        main(["estimate", "nano", *offload, "--out", str(tmp_path / "estimate.json")])
+        figures = json.loads((tmp_path / "estimate.json").read_text())
+        states.append(figures["rows"][-1]["state"] + figures["offloaded"])
+    assert states[0] == states[1]
+    assert 0 < figures["offloaded"] < states[1]
+    assert capsys.readouterr().out.count("of momentum in memory of the host") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
