@@ -4,13 +4,10 @@ of bitsandbytes, torchao and gram-newton-schulz where they are installed.
     python benchmarks/step.py [--out step.json] [--only NAME ...]
 
 The parameters of a Llama with random bf16 gradients; nothing but the optimizer runs. Times are medians over steps, by
-<<<<<<< HEAD
-CUDA events. "state" is the memory that an optimizer keeps between steps, "extra peak" the most that is allocated during a
-step above that.
-=======
-CUDA events. "extra peak" is the most memory allocated during a step above what was allocated before it. State "on the
-host" lies in page-locked memory there: each step moves it over the bus, to the GPU and back.
->>>>>>> wt-b
+    print(f"{'optimizer':<40}{'step':>12}{'state':>12}{'on the host':>14}{'extra peak':>14}")
+    for name, f in figures.items():
+        gib = f"{f['state_gib']:>8.2f} GiB{f['on_host_gib']:>10.2f} GiB{f['extra_peak_gib']:>10.2f} GiB"
+        print(f"{name:<40}{f['milliseconds']:>9.1f} ms{gib}")
 """
 
 from __future__ import annotations
@@ -129,16 +126,12 @@ def measure(make: Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Op
         for optimizer in optimizers
         for state in optimizer.state.values()
         for value in state.values()
-        if isinstance(value, torch.Tensor) and value.is_pinned()
+        if type(value) is torch.Tensor and value.is_pinned()
     )
     return {
         "milliseconds": statistics.median(times),
-<<<<<<< HEAD
         "state_gib": (torch.cuda.memory_allocated() - given) / 2**30,
-=======
-        "state_gib": (sum(measured_state_bytes(optimizer) for optimizer in optimizers) - on_host) / 2**30,
         "on_host_gib": on_host / 2**30,
->>>>>>> wt-b
         "extra_peak_gib": extra / 2**30,
     }
 
