@@ -6,8 +6,8 @@ gram-newton-schulz package, if it is installed.
 Batches of random bf16 matrices, five Polar Express steps in fp16. "torch" is the standard form of torch.optim.Muon's
 iteration, batched, with cuBLAS products; "gram-ns" is gram-newton-schulz as it comes, with its CuTe kernels; "ours" is
 muon_dist.polar.polar_factor as the optimizer calls it. Times are medians, by CUDA events. TFLOP/s counts the FLOPs that
-symmetric products need: in the standard form 5 (3 s^2 l + s^3), in the Gram form 6 s^2 l + 14 s^3. "of GEMM" is its share
-of what a long run of cuBLAS products of 8192 x 8192 reaches on this GPU, in this run.
+symmetric products need: in the standard form 5 (3 s^2 l + s^3), in the Gram form 6 s^2 l + 14 s^3. "of GEMM" is its
+share of what cuBLAS reaches on this GPU, in this run, for fp16 products of 8192 x 8192.
 
 Accuracy is that of one matrix U S V^T with known singular vectors, whose polar factor is U V^T. "cosine" is to that;
 "mixing" is the norm of what U^T O V has beside its diagonal, relative to the exact one's.
@@ -19,6 +19,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ def main() -> None:
     times = []
     for n, short, long in BATCHES:
         matrices = torch.randn(n, short, long, device="cuda", dtype=torch.bfloat16)
-        found = {name: milliseconds(lambda polar=polar: polar(matrices)) for name, polar in polars.items()}  # type: ignore[misc]
+        found = {name: milliseconds(partial(polar, matrices)) for name, polar in polars.items()}
         rate = flops(n, short, long) / found["ours"] / 1e9
         times.append({"batch": [n, short, long], "milliseconds": found, "tflops": rate})
         print(f"{f'{n}x{short}x{long}':>16}" + "".join(f"{ms:>13.2f}" for ms in found.values()), end="")

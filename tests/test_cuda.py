@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon_dist import DistMuon
 from muon_dist.checkpoint import async_save, load_state, save_state
+from muon_dist.memory import measured_state_bytes
 from muon_dist.options import PolarForm
 from muon_dist.polar import polar_factor, schedule
 from muon_dist.sharding import local
@@ -128,6 +129,18 @@ def test_a_matrix_cut_out_of_another_has_its_own_polar_factor() -> None:
 
 
 @pytest.mark.parametrize("offload", [False, True])
+def test_nothing_but_state_is_kept_between_steps() -> None:
+    parameters = [(f"{i}.weight", nn.Parameter(torch.randn(1024, 1024, device="cuda"))) for i in range(8)]
+    for _, p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer = DistMuon(parameters, chunk_bytes=4 << 20)
+    polar_factor(torch.eye(1024, device="cuda")[None], schedule("polar_express", 1))  # cuBLAS keeps a workspace
+    given = torch.cuda.memory_allocated()
+    for _ in range(2):
+        optimizer.step()
+    assert torch.cuda.memory_allocated() - given <= measured_state_bytes(optimizer) + (1 << 16)
+
+
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 @pytest.mark.parametrize("momentum_state", ["linear8", "lowrank4"])
 def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any, offload: bool) -> None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muon_dist.kernels import Encoded, fit, map_of
+from muon_dist.kernels import Encoded, Tables, fit
 from muon_dist.kernels.table import (
     FORMATS,
     Key,
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
     Attributes:
         alike: pieces of which this is the same can share a launch.
-        maps: levels, borders and starts.
+        tables: of codes that are looked up, if there are any.
         blocks: of the piece.
         in_whole: bytes from the start of the gradient or weight that the piece is cut out of.
         stored: addresses of the momentum's elements and scales; none for apply.
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
     """
 
     alike: Key
-    maps: tuple[Tensor, Tensor, Tensor]
+    tables: Tables | None
     blocks: int
     in_whole: int
     stored: tuple[int, ...]
@@ -70,7 +70,8 @@ class Entry(NamedTuple):
         in_whole = piece.data_ptr() - whole.data_ptr()
         if not aligned([*stored, *in_packed]):
             return None
-        return cls(alike, map_of(*values), piece.numel() // block, in_whole, stored, in_packed)
+        tables = next((value.tables for value in values if value.tables is not None), None)
+        return cls(alike, tables, piece.numel() // block, in_whole, stored, in_packed)
 
     def row(self, whole: Tensor, packed: Tensor) -> list[int] | None:
         """Of the table in this step; None where memory is not aligned."""
@@ -87,7 +88,7 @@ class AccumulateBatch:
         self._taken = taken
         self._pieces: dict[Key, list[list[int]]] = {}
         self._gradients: list[Tensor] = []  # one may be a copy that nobody else keeps until the launch
-        self._maps: dict[Key, tuple[Tensor, Tensor, Tensor]] = {}
+        self._tables: dict[Key, Tables | None] = {}
 
     def take(self, entry: Entry, gradient: Tensor, packed: Tensor, beta: float, nesterov: bool) -> bool:
         """Whether the piece is taken; ``gradient`` is the whole that it is cut out of."""
@@ -97,16 +98,17 @@ class AccumulateBatch:
         key = (*entry.alike, beta, nesterov)
         self._pieces.setdefault(key, []).append(row)
         self._gradients.append(gradient)
-        self._maps[key] = entry.maps
+        self._tables[key] = entry.tables
         return True
 
     def launch(self) -> None:
         """Computes what was taken."""
         for key, rows in self._pieces.items():
             device, dtype, momentum, packed, block, beta, nesterov = key
+            table = table_on(device, rows, self._taken)
             _accumulate[grid(rows, block)](
-                table_on(device, rows, self._taken),
-                *self._maps[key],
+                table,
+                *_look_ups(self._tables[key], table),
                 1 - beta,
                 GRADIENT=FORMATS[dtype],
                 MOMENTUM=momentum,
@@ -123,7 +125,7 @@ class ApplyBatch:
     def __init__(self, taken: Tensor | None = None) -> None:
         self._taken = taken
         self._pieces: dict[Key, list[list[int]]] = {}
-        self._levels: dict[Key, Tensor] = {}
+        self._tables: dict[Key, Tables | None] = {}
 
     def take(self, entry: Entry, weight: Tensor, packed: Tensor, decay: float, factor: float) -> bool:
         """Whether the piece is taken; ``weight`` is the whole that it is cut out of."""
@@ -131,21 +133,28 @@ class ApplyBatch:
         if row is None:
             return False
         self._pieces.setdefault(entry.alike, []).append([*row, bits(decay), bits(factor)])
-        self._levels[entry.alike] = entry.maps[0]
+        self._tables[entry.alike] = entry.tables
         return True
 
     def launch(self) -> None:
         """Computes what was taken."""
         for key, rows in self._pieces.items():
             device, dtype, update, block = key
+            table = table_on(device, rows, self._taken)
             _apply[grid(rows, block)](
-                table_on(device, rows, self._taken),
-                self._levels[key],
+                table,
+                _look_ups(self._tables[key], table)[0],
                 WEIGHT=FORMATS[dtype],
                 UPDATE=update,
                 FIELDS=len(rows[0]),
                 **constants(block),
             )
+
+
+def _look_ups(tables: Tables | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, borders and starts; the launch's table stands in for what there is not."""
+    levels, borders, starts = tables or (table, table, None)
+    return levels, borders, table if starts is None else starts
 
 
 @triton.jit
