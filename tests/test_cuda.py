@@ -236,22 +236,23 @@ def test_grad_scaler_finds_its_scale_in_fp16_and_overflows_leave_no_trace() -> N
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_a_save_in_the_background_has_the_state_of_its_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_save_in_the_background_has_the_state_of_its_moment(offload: bool, tmp_path: Path) -> None:
     parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
-    optimizer = DistMuon(list(parameters.items()), adamw_state="dynamic8")
+    optimizer = DistMuon(list(parameters.items()), adamw_state="dynamic8", offload_momentum=offload)
 
     def state_after_a_step(seed: int) -> list[Tensor]:
         for name, gradient in values(seed).items():
             parameters[name].grad = gradient
         optimizer.step()
-        return [t.clone() for entries in optimizer.state.values() for t in entries.values()]
+        return [t.clone() for entries in optimizer.state_dict()["state"].values() for t in entries.values()]
 
     before = state_after_a_step(1)
     saving = async_save(optimizer, tmp_path / "state")
     assert not all(torch.equal(a, b) for a, b in zip(state_after_a_step(2), before, strict=True))
     saving.result()
     load_state(optimizer, tmp_path / "state")
-    loaded = [t for entries in optimizer.state.values() for t in entries.values()]
+    loaded = [t for entries in optimizer.state_dict()["state"].values() for t in entries.values()]
     assert all(torch.equal(a, b) for a, b in zip(loaded, before, strict=True))
 
 

@@ -27,12 +27,15 @@ OPTIONS: dict[str, Any] = {
     "wire": "fp32",
     "polar_dtype": "float32",
 }
+MOMENTUM_OFFLOADED = {"type": "DistMuon", "params": {**OPTIONS, "offload_momentum": True}}
 OFFLOAD = {"device": "cpu", "pin_memory": True}
 CASES: dict[str, dict[str, Any]] = {
     "zero 2": {"zero_optimization": {"stage": 2}},
     "zero 3": {"zero_optimization": {"stage": 3}},
     "zero 2, offload": {"zero_optimization": {"stage": 2, "offload_optimizer": OFFLOAD}},
     "zero 3, offload": {"zero_optimization": {"stage": 3, "offload_optimizer": OFFLOAD, "sub_group_size": 50_000}},
+    "zero 2, momentum offloaded": {"zero_optimization": {"stage": 2}, "optimizer": MOMENTUM_OFFLOADED},
+    "zero 3, momentum offloaded": {"zero_optimization": {"stage": 3}, "optimizer": MOMENTUM_OFFLOADED},
     "zero 0": {"zero_optimization": {"stage": 0}},
 }
 # The first gradients overflow at this scale, and it is halved until they do not.
