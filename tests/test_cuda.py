@@ -196,6 +196,26 @@ def test_offloaded_momentum_trains_to_the_same_bits_and_stays_on_the_host(moment
         assert torch.equal(ours, theirs)
 
 
+def test_offloaded_momentum_comes_back_from_where_a_trainer_took_it() -> None:
+    """Lightning takes all state to the device after it has loaded it."""
+    weights = []
+    for moved in (False, True):
+        parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
+        optimizer = DistMuon(list(parameters.items()), momentum_state="lowrank4", offload_momentum=True)
+        for seed in (1, 2):
+            for name, gradient in values(seed).items():
+                parameters[name].grad = gradient
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            if moved:
+                for p, entries in optimizer.state.items():
+                    optimizer.state[p] = {key: value.cuda() for key, value in entries.items()}
+        optimizer.state_dict()
+        assert is_pinned(optimizer, parameters["a.weight"])
+        weights.append([p.detach() for p in parameters.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize("momentum_state", ["linear8", "lowrank4"])
 def test_a_skipped_step_leaves_offloaded_momentum_as_it_is(momentum_state: Any) -> None:
     parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
