@@ -245,6 +245,8 @@ def wrap_local(piece: Tensor, shape: Sequence[int], mesh: DeviceMesh | None, pla
     if mesh is None:
         return piece
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    whole = DTensor.from_local(piece, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides))
-    # from_local() takes a part on the host to the mesh's device; this one stays where it is.
+    # from_local() would take a part on the host to the mesh's device: it is asked for the layout only.
+    whole = DTensor.from_local(
+        piece.to("meta"), mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
+    )
     return DTensor(piece, whole._spec, requires_grad=False)

@@ -102,15 +102,20 @@ class StoredTensor:
     layout: StateLayout
 
     def create(self, state: MutableMapping[str, Any]) -> None:
-        """Adds what is missing to a parameter's state, as zeros; empty parts of a whole too, to be loaded into."""
+        """Adds what is missing to a parameter's state, as zeros; empty parts of a whole too, to be loaded into. What is
+        to be page-locked comes back from where a trainer took it: Lightning takes all that it loads to the device."""
         layout = self.layout
         if layout.mesh is None and math.prod(layout.local_shape) == 0:
             return
         whole = self.codec.whole(layout.shape)
         for buffer, spec in self.codec.buffers(layout.local_shape).items():
-            if self._entry(buffer) not in state:
+            entry = self._entry(buffer)
+            present = local(state[entry]) if entry in state else None
+            if present is None or (layout.pinned and present.numel() and not present.is_pinned()):
                 part = torch.zeros(spec.shape, dtype=spec.dtype, device=layout.device, pin_memory=layout.pinned)
-                state[self._entry(buffer)] = wrap_local(part, whole[buffer].shape, layout.mesh, layout.placements)
+                if present is not None:
+                    part.copy_(present)
+                state[entry] = wrap_local(part, whole[buffer].shape, layout.mesh, layout.placements)
 
     @cached_property
     def entries(self) -> dict[str, str]:

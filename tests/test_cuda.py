@@ -128,7 +128,6 @@ def test_a_matrix_cut_out_of_another_has_its_own_polar_factor() -> None:
     assert torch.equal(polar_factor(cut, steps), polar_factor(cut.contiguous(), steps))
 
 
-@pytest.mark.parametrize("offload", [False, True])
 def test_nothing_but_state_is_kept_between_steps() -> None:
     parameters = [(f"{i}.weight", nn.Parameter(torch.randn(1024, 1024, device="cuda"))) for i in range(8)]
     for _, p in parameters:
@@ -141,6 +140,7 @@ def test_nothing_but_state_is_kept_between_steps() -> None:
     assert torch.cuda.memory_allocated() - given <= measured_state_bytes(optimizer) + (1 << 16)
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 @pytest.mark.parametrize("momentum_state", ["linear8", "lowrank4"])
 def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any, offload: bool) -> None:
@@ -194,6 +194,26 @@ def test_offloaded_momentum_trains_to_the_same_bits_and_stays_on_the_host(moment
 
     for ours, theirs in zip(train_and_load(False), train_and_load(True), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_offloaded_momentum_comes_back_from_where_a_trainer_took_it() -> None:
+    """Lightning takes all state to the device after it has loaded it."""
+    weights = []
+    for moved in (False, True):
+        parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
+        optimizer = DistMuon(list(parameters.items()), momentum_state="lowrank4", offload_momentum=True)
+        for seed in (1, 2):
+            for name, gradient in values(seed).items():
+                parameters[name].grad = gradient
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            if moved:
+                for p, entries in optimizer.state.items():
+                    optimizer.state[p] = {key: value.cuda() for key, value in entries.items()}
+        optimizer.state_dict()
+        assert is_pinned(optimizer, parameters["a.weight"])
+        weights.append([p.detach() for p in parameters.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize("momentum_state", ["linear8", "lowrank4"])

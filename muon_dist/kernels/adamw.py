@@ -183,7 +183,7 @@ def _adamw_many(
         first, first_scales = pointer_in(fields + 3, FORMAT), pointer_in(fields + 4, "bf16")
         second, second_scales = pointer_in(fields + 5, FORMAT), pointer_in(fields + 6, "bf16")
         t = tl.load(tl.load(fields + 7).to(tl.pointer_type(tl.float32)))
-        place, mask, row, row_mask = tile_of_piece(rows, BLOCK, ROWS)
+        place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
         g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
         w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
         m = load_tile(first, first_scales, first_levels, place, mask, row, row_mask, FORMAT)

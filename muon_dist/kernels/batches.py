@@ -26,7 +26,13 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import load_tile, store_tile
+from muon_dist.kernels.tiles import TILE_ELEMENTS, load_tile, store_tile
+
+
+# Of launches that read and write momentum on the host: a few large programs are enough for the bus, and leave the other
+# multiprocessors to the polar factors that run meanwhile.
+_HOST_PROGRAMS = 16
+_HOST_TILE = 8 * TILE_ELEMENTS
 
 
 class Entry(NamedTuple):
@@ -65,6 +71,8 @@ class Entry(NamedTuple):
         if not block or not is_view or not fit(piece.shape, *values):
             return None
         alike = (piece.device, piece.dtype, *(value.format for value in values), block)
+        if momentum is not None:
+            alike = (*alike, momentum.pointers[0].device != piece.device)
         stored = () if momentum is None else tuple(pointer.data_ptr() for pointer in momentum.pointers[:2])
         in_packed = tuple(pointer.data_ptr() - packed.data_ptr() for pointer in travelling.pointers[:2])
         in_whole = piece.data_ptr() - whole.data_ptr()
@@ -104,9 +112,14 @@ class AccumulateBatch:
     def launch(self) -> None:
         """Computes what was taken."""
         for key, rows in self._pieces.items():
-            device, dtype, momentum, packed, block, beta, nesterov = key
+            device, dtype, momentum, packed, block, is_on_host, beta, nesterov = key
             table = table_on(device, rows, self._taken)
-            _accumulate[grid(rows, block)](
+            launch = grid(rows, block)
+            shape = constants(block)
+            if is_on_host:
+                launch = (max(1, _HOST_PROGRAMS // len(rows)), len(rows))
+                shape = {"BLOCK": block, "ROWS": _HOST_TILE // block, "num_warps": 16}
+            _accumulate[launch](
                 table,
                 *_look_ups(self._tables[key], table),
                 1 - beta,
@@ -115,7 +128,7 @@ class AccumulateBatch:
                 PACKED=packed,
                 NESTEROV=nesterov,
                 FIELDS=len(rows[0]),
-                **constants(block),
+                **shape,
             )
 
 
@@ -174,13 +187,13 @@ def _accumulate(
 ):
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
-    if tl.program_id(0) * ROWS < rows:
-        gradient = pointer_in(fields + 1, GRADIENT)
-        elements = pointer_in(fields + 2, MOMENTUM)
-        scales = pointer_in(fields + 3, "bf16")
-        packed = pointer_in(fields + 4, PACKED)
-        packed_scales = pointer_in(fields + 5, "bf16")
-        place, mask, row, row_mask = tile_of_piece(rows, BLOCK, ROWS)
+    gradient = pointer_in(fields + 1, GRADIENT)
+    elements = pointer_in(fields + 2, MOMENTUM)
+    scales = pointer_in(fields + 3, "bf16")
+    packed = pointer_in(fields + 4, PACKED)
+    packed_scales = pointer_in(fields + 5, "bf16")
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        place, mask, row, row_mask = tile_of_piece(tile, rows, BLOCK, ROWS)
         g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
         m = load_tile(elements, scales, levels, place, mask, row, row_mask, MOMENTUM)
         m += weight * (g - m)
@@ -208,7 +221,7 @@ def _apply(
         scales = pointer_in(fields + 3, "bf16")
         decay = number_in(fields + 4)
         factor = number_in(fields + 5)
-        place, mask, row, row_mask = tile_of_piece(rows, BLOCK, ROWS)
+        place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
         u = load_tile(elements, scales, levels, place, mask, row, row_mask, UPDATE)
         w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
         tl.store(weight + place, w * decay + factor * u, mask=mask)

@@ -134,7 +134,7 @@ def _accumulate(
 ):
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
-    place, mask, row, row_mask = tile_of_piece(rows, BLOCK, ROWS)
+    place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
     elements = pointer_in(fields + 2, REST)
     scales = pointer_in(fields + 3, "bf16")
     if REST == "grid4":
@@ -172,7 +172,7 @@ def _store(
 ):
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
-    place, mask, row, row_mask = tile_of_piece(rows, BLOCK, ROWS)
+    place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
     place_in_stack = tl.program_id(1) * rows * BLOCK + place
     left = tl.load(momentum + place_in_stack, mask=mask, other=0).to(tl.float32)
     left -= tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)

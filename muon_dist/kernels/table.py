@@ -87,8 +87,8 @@ def number_in(field):
 
 
 @triton.jit
-def tile_of_piece(rows, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Places [ROWS, BLOCK] and rows [ROWS, 1] of this program's tile, a block a row, with their masks."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+def tile_of_piece(tile, rows, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Places [ROWS, BLOCK] and rows [ROWS, 1] of a tile, a block a row, with their masks."""
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     inside = tl.arange(0, BLOCK)[None, :]
     return row * BLOCK + inside, (row < rows) & (inside < BLOCK), row, row < rows
