@@ -28,7 +28,6 @@ from muon_dist.kernels.table import (
 )
 from muon_dist.kernels.tiles import TILE_ELEMENTS, load_tile, store_tile
 
-
 # Of launches that read and write momentum on the host: a few large programs are enough for the bus, and leave the other
 # multiprocessors to the polar factors that run meanwhile.
 _HOST_PROGRAMS = 16
