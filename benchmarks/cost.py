@@ -37,7 +37,7 @@ _RECODE_BYTES = 70
 class Machine:
     """FLOPs, bytes and seconds of one GPU and its links."""
 
-    polar_rate: float = 640e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
+    polar_rate: float = 620e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
     standard_overhead: float = 0.3e-3  # of a batch: what it takes beside its FLOPs
     gram_overhead: float = 0.5e-3
     memory_rate: float = 4.1e12  # bytes read and written by element-wise kernels

@@ -22,7 +22,7 @@ KINDS = {
     "accumulate": ("_accumulate", "_store", "_encode", "_decode", "_unit"),
     "apply": ("_apply",),
     "AdamW": ("_adamw",),
-    "polar factor": ("_symmetric_product", "nvjet", "gemm", "cutlass", "_scale", "_measure", "_combine"),
+    "polar factor": ("_chain", "_symmetric_product", "nvjet", "gemm", "cutlass", "_scale", "_measure", "_combine"),
     "other": ("",),
 }
 Span = tuple[str, float, float]  # kind, start, milliseconds
