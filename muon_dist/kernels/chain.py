@@ -37,6 +37,7 @@ from muon_dist.kernels import Chain
 from muon_dist.kernels.chain_tiles import DEPTH, LAYOUT, STAGES, TILE, new_barriers
 from muon_dist.kernels.chain_warps import loader, multiplier, storer
 
+# Smaller ones were not measured.
 SMALLEST_SIDE = 512
 
 

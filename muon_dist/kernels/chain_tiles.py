@@ -23,10 +23,11 @@ _IS_NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 @gluon.jit
 def tile_of(t, tiles, n, s):
-    """Product, matrix, row and column of the t-th tile, whether it is ``whole``, and whether it crosses the diagonal.
+    """Product, matrix, row and column of the t-th tile, whether it is whole, and whether it crosses the diagonal.
 
     Row 2 g and row 2 g + 1 of tiles have g + 1 each, the last of which crosses the diagonal; in row 2 g only the left
-    half of that one is on or below it. _GROUP such pairs of rows are worked on column by column.
+    half of that one is on or below it, and that half is all that is computed. _GROUP such pairs of rows are worked on
+    column by column.
     """
     product = t // (n * tiles)
     rest = t - product * (n * tiles)
@@ -35,7 +36,7 @@ def tile_of(t, tiles, n, s):
     first = _root(tile) // _GROUP * _GROUP  # pair of the group
     tile -= first * (first + 1)
     rows = gl.minimum(2 * _GROUP, s // TILE - 2 * first)
-    is_left = tile < rows * first  # of the group's first pair's diagonal
+    is_left = tile < rows * first  # of the blocks that cross the diagonal in these rows
     beyond = gl.maximum(tile - rows * first, 0)
     pair = _root(beyond)
     within = beyond - pair * (pair + 1)
@@ -67,6 +68,7 @@ def draw(counts, tickets, drawn, taken, turn):
 
 @gluon.jit
 def take(tickets, drawn, taken, turn):
+    """The tile that the loader has drawn, for the warps of one job."""
     slot = turn % 4
     mbarrier.wait(drawn.index(slot), turn // 4 & 1)
     t = gl.max(tickets.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)

@@ -2,7 +2,8 @@
 
 ``it`` counts the stages of the ring that were used, and ``uses0`` and ``uses1`` how often results were handed over in
 the first and the second half of a multiplier's buffers: all jobs count alike, and know from it which phase of a barrier
-to wait for.
+to wait for. Phases are counted from 0 and told apart by their parity; who waits for what has never been used waits for
+phase -1, which is over from the start.
 """
 
 from __future__ import annotations
