@@ -82,8 +82,8 @@ def loader(x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED
                 top = (slot_d * n + m) * s + i * 128 + 64 * w
                 load(wide, [top, j * 256], added.index(w), results.index(2 * w))
                 load(wide, [top, j * 256 + 128], added.index(w), results.index(2 * w + 1), pred=whole)
-        # While the last stages are multiplied: the next tile, and whether it has to wait. Not earlier, as others may wait
-        # for a tile that is drawn.
+        # While the last stages are multiplied: the next tile, and whether it has to wait. Not earlier, as others may
+        # wait for a tile that is drawn.
         turn += 1
         t = draw(counts, tickets, drawn, taken, turn)
         uses0 += gl.where(crosses, 1, 2)
