@@ -60,6 +60,13 @@ def _gathered(tensor: Tensor) -> Tensor:
     return whole
 
 
+def by_algorithm(named: Named) -> tuple[list[Tensor], list[Tensor]]:
+    """Muon's parameters, and AdamW's."""
+    assigned = assign(named)
+    muon, adamw = ([a.parameter for a in assigned if a.algorithm == x] for x in ("muon", "adamw"))
+    return muon, adamw
+
+
 def adamw(named: Named) -> list[Optimizer]:
     return [torch.optim.AdamW([p for _, p in named], lr=3e-4, fused=True)]
 
@@ -69,8 +76,7 @@ def adamw8(named: Named) -> list[Optimizer]:
 
 
 def torch_muon(named: Named) -> list[Optimizer]:
-    assigned = assign(named)
-    matrices, others = ([a.parameter for a in assigned if a.algorithm == x] for x in ("muon", "adamw"))
+    matrices, others = by_algorithm(named)
     return [GatheredMuon(matrices, lr=5e-3), torch.optim.AdamW(others, lr=3e-4, fused=True)]
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from muon_dist import DistMuon
-from muon_dist.grouping import assign
+from optimizers import by_algorithm
 
 # Matrices of one layer, number of layers, and the embedding, of the Llama-3.2-1B parameters.
 LAYER = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192)]
@@ -47,10 +47,8 @@ def adamw(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
 
 
 def torch_muon(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
-    groups: dict[str, list[Any]] = {"muon": [], "adamw": []}
-    for assignment in assign(named):
-        groups[assignment.algorithm].append(assignment.parameter)
-    return [torch.optim.Muon(groups["muon"]), torch.optim.AdamW(groups["adamw"], fused=True)]
+    matrices, others = by_algorithm(named)
+    return [torch.optim.Muon(matrices), torch.optim.AdamW(others, fused=True)]
 
 
 def dist_muon(**options: Any) -> Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Optimizer]]:
@@ -60,10 +58,8 @@ def dist_muon(**options: Any) -> Callable[[list[tuple[str, nn.Parameter]]], list
 def gram_muon(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
     from gram_newton_schulz import Muon
 
-    groups: dict[str, list[Any]] = {"muon": [], "adamw": []}
-    for assignment in assign(named):
-        groups[assignment.algorithm].append(assignment.parameter)
-    return [Muon(groups["muon"]), torch.optim.AdamW(groups["adamw"], fused=True)]
+    matrices, others = by_algorithm(named)
+    return [Muon(matrices), torch.optim.AdamW(others, fused=True)]
 
 
 def bitsandbytes(named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
