@@ -103,7 +103,7 @@ class StoredTensor:
 
     def create(self, state: MutableMapping[str, Any]) -> None:
         """Adds what is missing to a parameter's state, as zeros; empty parts of a whole too, to be loaded into. What is
-        to be page-locked comes back from where a trainer took it: Lightning takes all that it loads to the device."""
+        to be page-locked comes back from where a trainer took it: some take all that they load to the device."""
         layout = self.layout
         if layout.mesh is None and math.prod(layout.local_shape) == 0:
             return
