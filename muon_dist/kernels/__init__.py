@@ -66,9 +66,8 @@ class Encoded(NamedTuple):
     def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Elements, scales, levels, borders and starts; the elements stand in for what the format does not have."""
         elements = self.buffers["codes"] if "codes" in self.buffers else self.buffers[""]
-        levels, borders, starts = self.tables or (elements, elements, elements)
         scales = self.buffers.get("scales", self.buffers.get("row_scales", elements))
-        return elements, scales, levels, borders, elements if starts is None else starts
+        return elements, scales, *look_ups(self.tables, elements)
 
     @property
     def shape(self) -> torch.Size:
@@ -81,9 +80,15 @@ class Encoded(NamedTuple):
         return self.buffers.get("col_scales", self.pointers[0])
 
 
-def map_of(*values: Encoded) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels, borders and starts of the one map among ``values`` that fit."""
-    return next((v for v in values if v.tables is not None), values[0]).pointers[2:]
+def tables_of(*values: Encoded) -> Tables | None:
+    """Of the one map among ``values`` that fit, if there is one."""
+    return next((v.tables for v in values if v.tables is not None), None)
+
+
+def look_ups(tables: Tables | None, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, borders and starts, as kernels take them; any tensor stands in for what there is not."""
+    levels, borders, starts = tables or (stand_in, stand_in, None)
+    return levels, borders, stand_in if starts is None else starts
 
 
 def fit(shape: Sequence[int], *values: Encoded) -> bool:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muon_dist.kernels import Encoded, Tables, fit
+from muon_dist.kernels import Encoded, Tables, fit, look_ups, tables_of
 from muon_dist.kernels.table import (
     FORMATS,
     Key,
@@ -77,8 +77,7 @@ class Entry(NamedTuple):
         in_whole = piece.data_ptr() - whole.data_ptr()
         if not aligned([*stored, *in_packed]):
             return None
-        tables = next((value.tables for value in values if value.tables is not None), None)
-        return cls(alike, tables, piece.numel() // block, in_whole, stored, in_packed)
+        return cls(alike, tables_of(*values), piece.numel() // block, in_whole, stored, in_packed)
 
     def row(self, whole: Tensor, packed: Tensor) -> list[int] | None:
         """Of the table in this step; None where memory is not aligned."""
@@ -120,7 +119,7 @@ class AccumulateBatch:
                 shape = {"BLOCK": block, "ROWS": _HOST_TILE // block, "num_warps": 16}
             _accumulate[launch](
                 table,
-                *_look_ups(self._tables[key], table),
+                *look_ups(self._tables[key], table),
                 1 - beta,
                 GRADIENT=FORMATS[dtype],
                 MOMENTUM=momentum,
@@ -155,18 +154,12 @@ class ApplyBatch:
             table = table_on(device, rows, self._taken)
             _apply[grid(rows, block)](
                 table,
-                _look_ups(self._tables[key], table)[0],
+                look_ups(self._tables[key], table)[0],
                 WEIGHT=FORMATS[dtype],
                 UPDATE=update,
                 FIELDS=len(rows[0]),
                 **constants(block),
             )
-
-
-def _look_ups(tables: Tables | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels, borders and starts; the launch's table stands in for what there is not."""
-    levels, borders, starts = tables or (table, table, None)
-    return levels, borders, table if starts is None else starts
 
 
 @triton.jit

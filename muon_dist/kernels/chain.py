@@ -24,7 +24,6 @@ those who place memory and barriers themselves; it cannot be interpreted on CPU.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -36,6 +35,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from muon_dist.kernels import Chain
 from muon_dist.kernels.chain_tiles import DEPTH, LAYOUT, STAGES, TILE, new_barriers
 from muon_dist.kernels.chain_warps import loader, multiplier, storer
+from muon_dist.kernels.compiled import Compiled
 
 # Smaller ones were not measured.
 SMALLEST_SIDE = 512
@@ -74,24 +74,14 @@ def multiply_chain(x: Tensor, chain: Chain, squares: Tensor) -> None:
     tiles = sum(row // 2 + 1 for row in range(s // TILE.value))
     total = len(chain.products) * n * tiles
     arguments = (
-        TensorDescriptor.from_tensor(
-            (x.mT if transposed else x).reshape(-1, s if transposed else k), operand, LAYOUT.value
-        ),
+        TensorDescriptor.from_tensor((x.mT if transposed else x).flatten(0, 1), operand, LAYOUT.value),
         TensorDescriptor.from_tensor(rows, [64, 128], LAYOUT.value),
         TensorDescriptor.from_tensor(rows, [128, 64], LAYOUT.value),
         *(table, scales, counts, s, k, n, tiles, total, transposed),
     )
-    programs = min(total, _multiprocessors(x.device))
     key = (n, s, k, total, transposed, x.dtype, x.device)
-    if compiled := _COMPILED.get(key):
-        compiled[(programs, 1, 1)](*arguments)
-    else:
-        # 168 registers a thread on average, of which multipliers take 232.
-        _COMPILED[key] = _chain[(programs,)](*arguments, num_warps=4, maxnreg=168)
-
-
-# See symmetric.py.
-_COMPILED: dict[tuple[Any, ...], Any] = {}
+    # 168 registers a thread on average, of which multipliers take 232.
+    _COMPILED.launch(key, min(total, _multiprocessors(x.device)), arguments, num_warps=4, maxnreg=168)
 
 
 @lru_cache
@@ -135,3 +125,6 @@ def _chain(x, wide, tall, table, scales, counts, s, k, n, tiles, total, TRANSPOS
         [4, 1, 1, 1],
         [232, 40, 40, 40],
     )
+
+
+_COMPILED = Compiled(_chain)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muon_dist.kernels import Encoded, map_of
+from muon_dist.kernels import Encoded, look_ups, tables_of
 from muon_dist.kernels.tiles import Tiling, load_tile, store_tile, tile_of
 
 
@@ -27,7 +27,7 @@ def accumulate(gradient: Tensor, momentum: Encoded, packed: Encoded, beta: float
     _accumulate[tiling.grid](
         gradient,
         *momentum.pointers[:2],
-        *map_of(momentum, packed),
+        *look_ups(tables_of(momentum, packed), gradient),
         *packed.pointers[:2],
         *tiling.shape,
         1 - beta,

@@ -9,13 +9,15 @@ such products at once; this kernel does what does not fit it.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from muon_dist.kernels.compiled import Compiled
 
 TILE = 128
 _DEPTH = 64
@@ -109,15 +111,7 @@ def symmetric_product(
         *(transposed, adds, TILE, launch.width, _DEPTH),
     )
     key = (n, s, k, adds, transposed, a.dtype, a.device)
-    if compiled := _COMPILED.get(key):
-        compiled[(launch.programs, 1, 1)](*arguments)
-    else:
-        _COMPILED[key] = _symmetric_product[(launch.programs,)](*arguments, num_warps=8, num_stages=launch.stages)
-
-
-# What triton compiled, by all that it depends on: looking it up is half of what a launch costs the host, and a step has
-# hundreds. (None in triton's interpreter.)
-_COMPILED: dict[tuple[Any, ...], Any] = {}
+    _COMPILED.launch(key, launch.programs, arguments, num_warps=8, num_stages=launch.stages)
 
 
 @triton.jit
@@ -186,3 +180,6 @@ def _store(out, sums, batch, row, col, crosses, SIDE: tl.constexpr):
     out.store([batch, row, col], stored.reshape(1, SIDE, SIDE))
     if not crosses:
         out.store([batch, col, row], stored.T.reshape(1, SIDE, SIDE))
+
+
+_COMPILED = Compiled(_symmetric_product)
