@@ -24,7 +24,7 @@ from muon_dist.codecs.blocks import (
     to_blocks,
 )
 from muon_dist.codecs.protocol import BufferSpec
-from muon_dist.kernels import CELL_SHIFT, CELLS, FIRST_CELL, Encoded, Tables, reader_of
+from muon_dist.kernels import Encoded, Tables, reader_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Dynamic8(BlockCodec):
         }
 
     def for_kernels(self, buffers: Mapping[str, Tensor]) -> Encoded:
-        return Encoded(self.name, buffers, self.block, _map_on(reader_of(buffers["codes"]), self.signed))
+        name = "dynamic8" if self.signed else "unsigned8"
+        return Encoded(name, buffers, self.block, _map_on(reader_of(buffers["codes"]), self.signed))
 
     def _encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         blocks = to_blocks(values, self.block)  # [..., blocks, block]
@@ -88,14 +89,4 @@ def _map_on(device: torch.device, signed: bool) -> Tables:
     """The levels, and the borders half-way between neighbours, on ``device``."""
     levels = torch.tensor(dynamic_map(signed), dtype=torch.float64)
     borders = ((levels[:-1] + levels[1:]) / 2).float()
-    return Tables(levels.float().to(device), borders.to(device), _starts(borders).to(device))
-
-
-def _starts(borders: Tensor) -> Tensor:
-    """The number of borders below each cell of the line, uint8: one search less for kernels, see ``Tables``."""
-    edges = torch.arange(CELLS + 1, dtype=torch.int32).add_(FIRST_CELL).bitwise_left_shift_(CELL_SHIFT)
-    edges = edges.view(torch.float32)
-    edges[0] = 0.0
-    above = torch.bucketize(edges[:-1], borders)  # of x >= 0: borders < its cell's lower edge
-    below = torch.bucketize(-edges[1:], borders, right=True)  # of x < 0: borders <= its cell's lower edge
-    return torch.cat([above, below]).to(torch.uint8)
+    return Tables(levels.float().to(device), borders.to(device))

@@ -26,32 +26,24 @@ def reader_of(tensor: Tensor) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if tensor.is_pinned() else tensor.device
 
 
-# Cells of the line: fp32 numbers of one sign that share their exponent and first seven digits, from 2^-23 to 2.
-CELL_SHIFT = 23 - 7
-FIRST_CELL = (127 - 23) << 7
-CELLS = 24 << 7
-
-
 class Tables(NamedTuple):
     """A map of levels.
 
     Attributes:
         levels: fp32, ascending.
         borders: fp32, one less: an element has as its code the number of borders below it.
-        starts: of maps of 256 levels, uint8, 2 CELLS: the number of borders below each cell, those of positive numbers
-            first. No cell has more than one border in it, so a code is found by one look-up and one comparison.
     """
 
     levels: Tensor
     borders: Tensor
-    starts: Tensor | None = None
 
 
 class Encoded(NamedTuple):
     """fp32 values [rows, cols] in one of the formats, as kernels take them.
 
     Attributes:
-        format: "fp32", "bf16", "fp16", "linear8", "dynamic8", or "block4" and "grid4", whose codes take half a byte.
+        format: "fp32", "bf16", "fp16", "linear8", "dynamic8", "unsigned8" (dynamic8 of what is not negative), or
+            "block4" and "grid4", whose codes take half a byte.
         buffers: contiguous; elements under "" or "codes", and "scales"; grid4 has "row_scales" and "col_scales".
         block: elements of a row that share a scale; None for formats without scales.
         tables: of formats whose codes are looked up.
@@ -63,8 +55,8 @@ class Encoded(NamedTuple):
     tables: Tables | None = None
 
     @property
-    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Elements, scales, levels, borders and starts; the elements stand in for what the format does not have."""
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Elements, scales, levels and borders; the elements stand in for what the format does not have."""
         elements = self.buffers["codes"] if "codes" in self.buffers else self.buffers[""]
         scales = self.buffers.get("scales", self.buffers.get("row_scales", elements))
         return elements, scales, *look_ups(self.tables, elements)
@@ -85,10 +77,9 @@ def tables_of(*values: Encoded) -> Tables | None:
     return next((v.tables for v in values if v.tables is not None), None)
 
 
-def look_ups(tables: Tables | None, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels, borders and starts, as kernels take them; any tensor stands in for what there is not."""
-    levels, borders, starts = tables or (stand_in, stand_in, None)
-    return levels, borders, stand_in if starts is None else starts
+def look_ups(tables: Tables | None, stand_in: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels and borders, as kernels take them; any tensor stands in where there are none."""
+    return tables or (stand_in, stand_in)
 
 
 def fit(shape: Sequence[int], *values: Encoded) -> bool:

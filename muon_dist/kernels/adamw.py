@@ -29,7 +29,7 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import Tiling, load_tile, store_tile, tile_of
+from muon_dist.kernels.tiles import Tiling, load_borders, load_levels, load_tile, store_tile, tile_of
 
 # Larger parameters have launches of their own: every piece of a launch is given as many programs as the largest needs.
 _SMALL = 1 << 20
@@ -59,7 +59,7 @@ def adamw(weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second
         weight, gradient: [rows, cols], contiguous, fp32, bf16 or fp16.
         step: fp32 scalar on the same device: the number of this step, from 1; 0 for one that is not taken, which
             changes nothing.
-        first, second: the moments, in one format and block; updated in place.
+        first, second: the moments, in one block; updated in place.
     """
     tiling = Tiling.of(weight, first, second)
     _adamw[tiling.grid](
@@ -70,7 +70,8 @@ def adamw(weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second
         *second.pointers,
         *tiling.shape,
         *rates,
-        FORMAT=first.format,
+        FIRST=first.format,
+        SECOND=second.format,
         **tiling.constants,
     )
 
@@ -92,7 +93,7 @@ class AdamWBatch:
         place = [gradient.data_ptr(), *addresses(weight, first, second)]
         if not block or not aligned(place):
             return False
-        key = (weight.device, weight.dtype, gradient.dtype, first.format, block)
+        key = (weight.device, weight.dtype, gradient.dtype, first.format, second.format, block)
         row = [weight.numel() // block, *place, step.data_ptr(), *map(bits, rates)]
         self._pieces.setdefault(key, []).append(row)
         self._gradients.append(gradient)
@@ -102,13 +103,14 @@ class AdamWBatch:
     def launch(self) -> None:
         """Computes what was taken."""
         for key, rows in self._pieces.items():
-            device, weight, gradient, moments, block = key
+            device, weight, gradient, first, second, block = key
             _adamw_many[grid(rows, block)](
                 table_on(device, rows, self._taken),
                 *self._maps[key],
                 WEIGHT=FORMATS[weight],
                 GRADIENT=FORMATS[gradient],
-                FORMAT=moments,
+                FIRST=first,
+                SECOND=second,
                 FIELDS=len(rows[0]),
                 **constants(block),
             )
@@ -123,12 +125,10 @@ def _adamw(
     first_scales,
     first_levels,
     first_borders,
-    first_starts,
     second,
     second_scales,
     second_levels,
     second_borders,
-    second_starts,
     rows,
     cols,
     stride,
@@ -141,21 +141,24 @@ def _adamw(
     log2_beta2,
     eps,
     decay,
-    FORMAT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    first_levels, second_levels = load_levels(first_levels, FIRST), load_levels(second_levels, SECOND)
+    first_borders, second_borders = load_borders(first_borders, FIRST), load_borders(second_borders, SECOND)
     t = tl.load(step)
     rows = tl.where(t > 0, rows, 0)  # masks all of a step that is not taken
     there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)
-    m = load_tile(first, first_scales, first_levels, place, mask, scale_place, scale_mask, FORMAT)
-    v = load_tile(second, second_scales, second_levels, place, mask, scale_place, scale_mask, FORMAT)
+    m = load_tile(first, first_scales, first_levels, place, mask, scale_place, scale_mask, FIRST)
+    v = load_tile(second, second_scales, second_levels, place, mask, scale_place, scale_mask, SECOND)
     w, m, v = _updated(w, g, m, v, t, lr, weight1, weight2, log2_beta1, log2_beta2, eps, decay)
-    store_tile(m, first, first_scales, first_borders, first_starts, place, mask, scale_place, scale_mask, FORMAT)
-    store_tile(v, second, second_scales, second_borders, second_starts, place, mask, scale_place, scale_mask, FORMAT)
+    store_tile(m, first, first_scales, first_borders, place, mask, scale_place, scale_mask, FIRST)
+    store_tile(v, second, second_scales, second_borders, place, mask, scale_place, scale_mask, SECOND)
     tl.store(weight + there, w, mask=mask)
 
 
@@ -164,13 +167,12 @@ def _adamw_many(
     table,
     first_levels,
     first_borders,
-    first_starts,
     second_levels,
     second_borders,
-    second_starts,
     WEIGHT: tl.constexpr,
     GRADIENT: tl.constexpr,
-    FORMAT: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -178,16 +180,18 @@ def _adamw_many(
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
     if tl.program_id(0) * ROWS < rows:
+        first_levels, second_levels = load_levels(first_levels, FIRST), load_levels(second_levels, SECOND)
+        first_borders, second_borders = load_borders(first_borders, FIRST), load_borders(second_borders, SECOND)
         gradient = pointer_in(fields + 1, GRADIENT)
         weight = pointer_in(fields + 2, WEIGHT)
-        first, first_scales = pointer_in(fields + 3, FORMAT), pointer_in(fields + 4, "bf16")
-        second, second_scales = pointer_in(fields + 5, FORMAT), pointer_in(fields + 6, "bf16")
+        first, first_scales = pointer_in(fields + 3, FIRST), pointer_in(fields + 4, "bf16")
+        second, second_scales = pointer_in(fields + 5, SECOND), pointer_in(fields + 6, "bf16")
         t = tl.load(tl.load(fields + 7).to(tl.pointer_type(tl.float32)))
         place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
         g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
         w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
-        m = load_tile(first, first_scales, first_levels, place, mask, row, row_mask, FORMAT)
-        v = load_tile(second, second_scales, second_levels, place, mask, row, row_mask, FORMAT)
+        m = load_tile(first, first_scales, first_levels, place, mask, row, row_mask, FIRST)
+        v = load_tile(second, second_scales, second_levels, place, mask, row, row_mask, SECOND)
         w, m, v = _updated(
             w,
             g,
@@ -202,8 +206,8 @@ def _adamw_many(
             number_in(fields + 13),
             number_in(fields + 14),
         )
-        store_tile(m, first, first_scales, first_borders, first_starts, place, mask, row, row_mask, FORMAT)
-        store_tile(v, second, second_scales, second_borders, second_starts, place, mask, row, row_mask, FORMAT)
+        store_tile(m, first, first_scales, first_borders, place, mask, row, row_mask, FIRST)
+        store_tile(v, second, second_scales, second_borders, place, mask, row, row_mask, SECOND)
         tl.store(weight + place, w, mask=mask)
 
 
@@ -212,6 +216,6 @@ def _updated(w, g, m, v, t, lr, weight1, weight2, log2_beta1, log2_beta2, eps, d
     """Weight and moments after step ``t``."""
     m += weight1 * (g - m)
     v += weight2 * (g * g - v)
-    correction1 = 1 - tl.exp2(t * log2_beta1)
-    correction2 = 1 - tl.exp2(t * log2_beta2)
-    return w * decay - (lr / correction1) * m / (tl.sqrt(v / correction2) + eps), m, v
+    rate = lr / (1 - tl.exp2(t * log2_beta1))
+    correction2 = 1 / (1 - tl.exp2(t * log2_beta2))
+    return w * decay - rate * m / (tl.sqrt(v * correction2) + eps), m, v

@@ -26,7 +26,7 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import TILE_ELEMENTS, load_tile, store_tile
+from muon_dist.kernels.tiles import TILE_ELEMENTS, load_borders, load_levels, load_tile, store_tile
 
 # Of launches that read and write momentum on the host: a few large programs are enough for the bus, and leave the other
 # multiprocessors to the polar factors that run meanwhile.
@@ -167,7 +167,6 @@ def _accumulate(
     table,
     levels,
     borders,
-    starts,
     weight,
     GRADIENT: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -184,15 +183,17 @@ def _accumulate(
     scales = pointer_in(fields + 3, "bf16")
     packed = pointer_in(fields + 4, PACKED)
     packed_scales = pointer_in(fields + 5, "bf16")
+    levels = load_levels(levels, MOMENTUM)
+    packed_borders, borders = load_borders(borders, PACKED), load_borders(borders, MOMENTUM)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         place, mask, row, row_mask = tile_of_piece(tile, rows, BLOCK, ROWS)
         g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
         m = load_tile(elements, scales, levels, place, mask, row, row_mask, MOMENTUM)
         m += weight * (g - m)
-        store_tile(m, elements, scales, borders, starts, place, mask, row, row_mask, MOMENTUM)
+        store_tile(m, elements, scales, borders, place, mask, row, row_mask, MOMENTUM)
         if NESTEROV:
             m -= weight * (m - g)
-        store_tile(m, packed, packed_scales, borders, starts, place, mask, row, row_mask, PACKED)
+        store_tile(m, packed, packed_scales, packed_borders, place, mask, row, row_mask, PACKED)
 
 
 @triton.jit
@@ -208,6 +209,7 @@ def _apply(
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
     if tl.program_id(0) * ROWS < rows:
+        levels = load_levels(levels, UPDATE)
         weight = pointer_in(fields + 1, WEIGHT)
         elements = pointer_in(fields + 2, UPDATE)
         scales = pointer_in(fields + 3, "bf16")

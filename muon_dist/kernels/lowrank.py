@@ -27,7 +27,15 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import encode_grid, load_codes4, load_tile, store_codes4, store_tile
+from muon_dist.kernels.tiles import (
+    encode_grid,
+    load_borders,
+    load_codes4,
+    load_levels,
+    load_tile,
+    store_codes4,
+    store_tile,
+)
 
 
 class Pieces(NamedTuple):
@@ -135,6 +143,7 @@ def _accumulate(
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
     place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
+    levels = load_levels(levels, REST)
     elements = pointer_in(fields + 2, REST)
     scales = pointer_in(fields + 3, "bf16")
     if REST == "grid4":
@@ -143,7 +152,7 @@ def _accumulate(
         of_row = tl.load(scales + row, mask=row_mask, other=0).to(tl.float32)
         of_column = tl.load(of_columns + tl.arange(0, BLOCK)[None, :], mask=mask, other=0).to(tl.float32)
         scale = tl.minimum(of_row, of_column, propagate_nan=tl.PropagateNan.ALL)
-        m = tl.where(mask, load_codes4(elements, levels, place, mask) * scale, 0.0)
+        m = load_codes4(elements, levels, place, mask) * scale
     else:
         m = load_tile(elements, scales, levels, place, mask, row, row_mask, REST)
     place_in_stack = tl.program_id(1) * rows * BLOCK + place
@@ -155,7 +164,7 @@ def _accumulate(
         m -= weight * (m - g)
     packed = pointer_in(fields + 4, PACKED)
     packed_scales = pointer_in(fields + 5, "bf16")
-    store_tile(m, packed, packed_scales, levels, levels, place, mask, row, row_mask, PACKED)
+    store_tile(m, packed, packed_scales, levels, place, mask, row, row_mask, PACKED)
 
 
 @triton.jit
@@ -164,7 +173,6 @@ def _store(
     momentum,
     low,
     borders,
-    starts,
     REST: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -174,11 +182,12 @@ def _store(
     rows = tl.load(fields)
     place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
     place_in_stack = tl.program_id(1) * rows * BLOCK + place
+    borders = load_borders(borders, REST)
     left = tl.load(momentum + place_in_stack, mask=mask, other=0).to(tl.float32)
     left -= tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)
     elements = pointer_in(fields + 2, REST)
     scales = pointer_in(fields + 3, "bf16")
-    store_tile(left, elements, scales, borders, starts, place, mask, row, row_mask, REST)
+    store_tile(left, elements, scales, borders, place, mask, row, row_mask, REST)
 
 
 @triton.jit

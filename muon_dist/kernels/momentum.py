@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muon_dist.kernels import Encoded, look_ups, tables_of
-from muon_dist.kernels.tiles import Tiling, load_tile, store_tile, tile_of
+from muon_dist.kernels.tiles import Tiling, load_borders, load_levels, load_tile, store_tile, tile_of
 
 
 def accumulate(gradient: Tensor, momentum: Encoded, packed: Encoded, beta: float, nesterov: bool) -> None:
@@ -64,7 +64,6 @@ def _accumulate(
     scales,
     levels,
     borders,
-    starts,
     packed,
     packed_scales,
     rows,
@@ -80,14 +79,19 @@ def _accumulate(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    levels, packed_borders, borders = (
+        load_levels(levels, MOMENTUM),
+        load_borders(borders, PACKED),
+        load_borders(borders, MOMENTUM),
+    )
     there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
     m = load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, MOMENTUM)
     m += weight * (g - m)
-    store_tile(m, elements, scales, borders, starts, place, mask, scale_place, scale_mask, MOMENTUM)
+    store_tile(m, elements, scales, borders, place, mask, scale_place, scale_mask, MOMENTUM)
     if NESTEROV:
         m -= weight * (m - g)
-    store_tile(m, packed, packed_scales, borders, starts, place, mask, scale_place, scale_mask, PACKED)
+    store_tile(m, packed, packed_scales, packed_borders, place, mask, scale_place, scale_mask, PACKED)
 
 
 @triton.jit
@@ -108,6 +112,7 @@ def _apply(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    levels = load_levels(levels, UPDATE)
     there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     u = load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, UPDATE)
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)

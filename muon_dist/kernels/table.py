@@ -69,7 +69,7 @@ def pointer_in(field, FORMAT: tl.constexpr):
     address = tl.load(field)
     if FORMAT == "linear8":
         pointer = address.to(tl.pointer_type(tl.int8))
-    elif FORMAT == "dynamic8" or FORMAT == "block4" or FORMAT == "grid4":
+    elif FORMAT == "dynamic8" or FORMAT == "unsigned8" or FORMAT == "block4" or FORMAT == "grid4":
         pointer = address.to(tl.pointer_type(tl.uint8))
     elif FORMAT == "bf16":
         pointer = address.to(tl.pointer_type(tl.bfloat16))

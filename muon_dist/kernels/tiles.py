@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muon_dist.kernels import CELL_SHIFT, CELLS, FIRST_CELL, Encoded
+from muon_dist.kernels import Encoded, dynamic8
+from muon_dist.kernels.dynamic8 import look_up
 
 # Elements of a tile: 16 a thread in four warps. Measured: smaller and larger tiles are slower.
 TILE_ELEMENTS = 2048
@@ -21,9 +22,6 @@ TILE_ELEMENTS = 2048
 _PLAIN_BLOCK = 128
 # As codecs.blocks.SMALLEST_SCALE.
 _SMALLEST_SCALE = tl.constexpr(2.0**-100)
-_CELL_SHIFT = tl.constexpr(CELL_SHIFT)
-_FIRST_CELL = tl.constexpr(FIRST_CELL)
-_CELLS = tl.constexpr(CELLS)
 
 
 class Tiling(NamedTuple):
@@ -79,32 +77,50 @@ def tile_of(rows, cols, stride, blocks, numel, BLOCK: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
+def load_levels(levels, FORMAT: tl.constexpr):
+    """What ``load_tile`` looks up; kernels load it before all else, so that it is there when it is needed."""
+    if FORMAT == "dynamic8" or FORMAT == "unsigned8":
+        levels = tl.load(levels + tl.arange(0, 256))
+    elif FORMAT == "block4" or FORMAT == "grid4":
+        levels = tl.load(levels + tl.arange(0, 16))
+    return levels
+
+
+@triton.jit
+def load_borders(borders, FORMAT: tl.constexpr):
+    """What ``store_tile`` looks up, likewise."""
+    if FORMAT == "dynamic8" or FORMAT == "unsigned8":
+        borders = dynamic8.load_borders(borders)
+    return borders
+
+
+@triton.jit
 def load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, FORMAT: tl.constexpr):
     """The stored values of a tile, fp32; zeros outside the mask."""
     if FORMAT == "block4":
         values = load_codes4(elements, levels, place, mask)
     else:
-        stored = tl.load(elements + place, mask=mask, other=0)
+        stored = tl.load(elements + place, mask=mask, other=127 if FORMAT == "dynamic8" else 0)  # dynamic8's zero
         if FORMAT == "linear8":
             values = stored.to(tl.float32) * (1 / 127.0)
-        elif FORMAT == "dynamic8":
-            values = tl.load(levels + stored.to(tl.int32))
+        elif FORMAT == "dynamic8" or FORMAT == "unsigned8":
+            values = look_up(levels, stored.to(tl.int32))
         else:
             values = stored.to(tl.float32)
-    if FORMAT == "linear8" or FORMAT == "dynamic8" or FORMAT == "block4":
+    if FORMAT == "linear8" or FORMAT == "dynamic8" or FORMAT == "unsigned8" or FORMAT == "block4":
         values *= tl.load(scales + scale_place, mask=scale_mask, other=0).to(tl.float32)
-    return tl.where(mask, values, 0.0)
+    return values
 
 
 @triton.jit
-def store_tile(values, elements, scales, borders, starts, place, mask, scale_place, scale_mask, FORMAT: tl.constexpr):
+def store_tile(values, elements, scales, borders, place, mask, scale_place, scale_mask, FORMAT: tl.constexpr):
     """Encodes a tile and stores it. ``values`` are zero outside the mask."""
     if FORMAT == "linear8":
         codes, scale = encode_linear8(values)
         tl.store(elements + place, codes, mask=mask)
         tl.store(scales + scale_place, scale, mask=scale_mask)
-    elif FORMAT == "dynamic8":
-        codes, scale = encode_dynamic8(values, borders, starts)
+    elif FORMAT == "dynamic8" or FORMAT == "unsigned8":
+        codes, scale = encode_dynamic8(values, borders, FORMAT == "dynamic8")
         tl.store(elements + place, codes, mask=mask)
         tl.store(scales + scale_place, scale, mask=scale_mask)
     elif FORMAT == "block4":
@@ -117,9 +133,9 @@ def store_tile(values, elements, scales, borders, starts, place, mask, scale_pla
 
 @triton.jit
 def load_codes4(elements, levels, place, mask):
-    """The levels of codes of which two share a byte, fp32, of whatever shape ``place`` is."""
+    """The levels of codes of which two share a byte, fp32, of whatever shape ``place`` is; zeros outside the mask."""
     pair = tl.load(elements + (place >> 1), mask=mask, other=0).to(tl.int32)
-    return tl.load(levels + tl.where(place & 1 == 0, pair & 15, pair >> 4))
+    return tl.where(mask, look_up(levels, tl.where(place & 1 == 0, pair & 15, pair >> 4)), 0.0)
 
 
 @triton.jit
@@ -170,21 +186,14 @@ def encode_linear8(values):
 
 
 @triton.jit
-def encode_dynamic8(values, borders, starts):
+def encode_dynamic8(values, borders, SIGNED: tl.constexpr):
     """uint8 codes [ROWS, COLS] and bf16 scales [ROWS, 1], with the sign of the largest element."""
-    high = tl.max(values, axis=1, keep_dims=True)
-    low = tl.min(values, axis=1, keep_dims=True)
-    largest = tl.where(high >= -low, high, low)
-    missing = tl.max((values != values).to(tl.int32), axis=1, keep_dims=True)  # tl.max passes over NaN
-    scale, inverse = _scale(tl.where(missing > 0, float("nan"), largest))
-    fractions = tl.where((values == largest) & (scale.to(tl.float32) != 0), 1.0, values * inverse)
-    bits = fractions.to(tl.int32, bitcast=True)
-    cell = ((bits & 0x7FFFFFFF) >> _CELL_SHIFT) - _FIRST_CELL
-    cell = tl.minimum(tl.maximum(cell, 0), _CELLS - 1)
-    codes = tl.load(starts + tl.where(bits < 0, cell + _CELLS, cell)).to(tl.int32)
-    border = tl.load(borders + tl.minimum(codes, 254))
-    codes = tl.minimum(tl.where(fractions > border, codes + 1, codes), 255)
-    return codes.to(tl.uint8), scale
+    largest = _signed_largest(values) if SIGNED else _largest(values, 1)
+    scale, inverse = _scale(largest)
+    # The largest element has the last code wherever rounding the scale puts it; NaN is equal to none.
+    largest = tl.where(scale.to(tl.float32) != 0, largest, float("nan"))
+    fractions = tl.where(values == largest, 1.0, values * inverse)
+    return dynamic8.encode(fractions, borders, SIGNED), scale
 
 
 @triton.jit
@@ -193,6 +202,16 @@ def _largest(values, AXIS: tl.constexpr):
     same order, and NaN after all others."""
     magnitudes = tl.abs(values).to(tl.int32, bitcast=True)
     return tl.max(magnitudes, axis=AXIS, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _signed_largest(values):
+    """The largest of each row by magnitude, of two the positive one; NaN where there is one. As integers, positive
+    numbers come in their order, and negative ones after all of them, by magnitude, if the sign is a digit."""
+    bits = values.to(tl.int32, bitcast=True)
+    high = tl.maximum(tl.max(bits, axis=1, keep_dims=True), 0)
+    low = tl.max(bits.to(tl.uint32, bitcast=True), axis=1, keep_dims=True).to(tl.int32, bitcast=True)
+    return tl.where((low < 0) & ((low & 0x7FFFFFFF) > high), low, high).to(tl.float32, bitcast=True)
 
 
 @triton.jit
