@@ -68,10 +68,16 @@ def accumulating(state: str, dtype: torch.dtype) -> tuple[float, int]:
     momenta = [stored(codec) for _ in range(PIECES)]
     packed = [torch.empty(wire.nbytes(*SHAPE), dtype=torch.uint8, device="cuda") for _ in range(PIECES)]
 
+    entries = [
+        batches.Entry.of(g, g, p, wire.for_kernels(p, *SHAPE), codec.for_kernels(m))
+        for g, m, p in zip(gradients, momenta, packed, strict=True)
+    ]
+
     def run() -> None:
         batch = batches.AccumulateBatch()
-        for g, m, p in zip(gradients, momenta, packed, strict=True):
-            assert batch.take(g, codec.for_kernels(m), wire.for_kernels(p, *SHAPE), 0.95, True)
+        for entry, g, p in zip(entries, gradients, packed, strict=True):
+            assert entry is not None
+            assert batch.take(entry, g, p, 0.95, True)
         batch.launch()
 
     moved = sum(g.nbytes + 2 * nbytes(m) + p.nbytes for g, m, p in zip(gradients, momenta, packed, strict=True))
@@ -87,14 +93,14 @@ def low_rank_pass(first: bool) -> tuple[float, int]:
     packed = [torch.empty(wire.nbytes(*SHAPE), dtype=torch.uint8, device="cuda") for _ in range(PIECES)]
     low = torch.randn((PIECES, *SHAPE), device="cuda", dtype=torch.bfloat16)
     encoded = [codec.residual.for_kernels(rest) for rest in rests]
-    pieces = Pieces.of(gradients, encoded, [wire.for_kernels(p, *SHAPE) for p in packed])
+    pieces = Pieces.of(gradients, encoded, [wire.for_kernels(p, *SHAPE) for p in packed], None)
     assert pieces is not None
     read = sum(g.nbytes + nbytes(r) for g, r in zip(gradients, rests, strict=True)) + low.nbytes
     if first:
         return milliseconds(lambda: pieces.accumulate(low, 0.95, True)), read + low.nbytes + sum(
             p.nbytes for p in packed
         )
-    return milliseconds(lambda: pieces.store(low, low, 0.95)), read + sum(nbytes(rest) for rest in rests)
+    return milliseconds(lambda: pieces.store(low, low)), read + sum(nbytes(rest) for rest in rests)
 
 
 def applying(dtype: torch.dtype) -> tuple[float, int]:
@@ -102,10 +108,13 @@ def applying(dtype: torch.dtype) -> tuple[float, int]:
     weights = [torch.randn(SHAPE, device="cuda", dtype=dtype) for _ in range(PIECES)]
     packed = [torch.zeros(wire.nbytes(*SHAPE), dtype=torch.uint8, device="cuda") for _ in range(PIECES)]
 
+    entries = [batches.Entry.of(w, w, p, wire.for_kernels(p, *SHAPE)) for w, p in zip(weights, packed, strict=True)]
+
     def run() -> None:
         batch = batches.ApplyBatch()
-        for w, p in zip(weights, packed, strict=True):
-            assert batch.take(w, wire.for_kernels(p, *SHAPE), 0.999, 1e-3)
+        for entry, w, p in zip(entries, weights, packed, strict=True):
+            assert entry is not None
+            assert batch.take(entry, w, p, 0.999, 1e-3)
         batch.launch()
 
     return milliseconds(run), sum(2 * w.nbytes + p.nbytes for w, p in zip(weights, packed, strict=True))
@@ -117,8 +126,10 @@ def adamw_step(state: str, dtype: torch.dtype) -> tuple[float, int]:
     weight, gradient = (torch.randn(SHAPE, device="cuda", dtype=dtype) for _ in range(2))
     step = torch.ones((), device="cuda")
 
+    rates = adamw.Rates.of(1e-6, (0.9, 0.95), 1e-8, 0.1)
+
     def run() -> None:
-        adamw.adamw(weight, gradient, step, first.for_kernels(m), second.for_kernels(v), 1e-6, (0.9, 0.95), 1e-8, 0.1)
+        adamw.adamw(weight, gradient, step, first.for_kernels(m), second.for_kernels(v), rates)
 
     return milliseconds(run), 2 * weight.nbytes + gradient.nbytes + 2 * nbytes(m) + 2 * nbytes(v)
 
