@@ -15,6 +15,7 @@ shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import finalize
 
@@ -26,6 +27,7 @@ from torch.optim.optimizer import ParamsT
 from muon_dist.binding import Binding, Signature, bind, named, signature, synchronize, tensor_shards
 from muon_dist.connections import Connections, ProcessGroups, connect
 from muon_dist.describe import describe
+from muon_dist.early import Early, require_possible
 from muon_dist.forms import Forms
 from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
@@ -162,6 +164,7 @@ class DistMuon(torch.optim.Optimizer):
         self._grouping = Grouping()
         self._judge = Judge(nonfinite)
         self.observer = Observer()
+        self._early = Early()
         muon = {
             "lr": lr,
             "momentum": momentum,
@@ -196,6 +199,7 @@ class DistMuon(torch.optim.Optimizer):
     def bound(self) -> Binding:
         """The parameters as they are now, with their state, for the host to read and write before the next step, and
         found to be alike on all ranks. Collective."""
+        self._early.require_finished("what reads or writes the state")
         binding = self._bind()
         self._connect(binding)
         binding.let_host_in()
@@ -229,14 +233,18 @@ class DistMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all parameters with a gradient. Issues collectives: call it on every rank."""
+        """One update of all parameters with a gradient. Issues collectives: call it on every rank.
+
+        Raises:
+            RuntimeError: gradients were changed after :meth:`during_backward` had read them.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         binding = self._bind()
         connections = self._connect(binding)
-        step = Step(binding, connections, self.observer)
+        step = self._early.take(binding) or Step(binding, connections, self.observer)
         for shard in binding.shards:
             shard.require_gradient_fits()
         step.present.update(id(shard) for shard in binding.shards if shard.has_gradient)
@@ -247,10 +255,42 @@ class DistMuon(torch.optim.Optimizer):
             shard.settle_gradient()
         with current_device(binding.device):
             step.finish(self._judge.taken(binding, self._groups))
+        self._early.finished()
         return loss
+
+    def during_backward(self, *, free_gradients: bool = False) -> AbstractContextManager[None]:
+        """Around the last backward pass before ``step()``: the step begins while gradients are still computed.
+
+            with optimizer.during_backward():
+                loss.backward()
+            optimizer.step()
+
+        The first two chunks of matrices (of ``chunk_bytes``) are taken into the momentum and sent to their owners as
+        soon as their gradients are there. Weights change in ``step()`` only. Results are the same bits. Collective.
+
+        - Gradients must be final after this pass: no clipping, no ``GradScaler``, no averaging by hand. Micro-batches
+          before it add up as ever, outside. What changes gradients later raises at the next step, naming them.
+        - Learning rate and weight decay are read in ``step()``, momentum and ``nesterov`` when a chunk is sent.
+        - ``step()`` has to follow on every rank. If the pass raises, what had begun is given up: the momentum of these
+          matrices has taken their gradients, weights are as they were, and the next step is like any other.
+        - The buffers of the exchange are allocated during the pass.
+
+        Args:
+            free_gradients: drop each gradient once it has been read, here and in ``step()``: ``p.grad`` is None then.
+
+        Raises:
+            ValueError: gradients are not final or cannot be read during the pass (replicas of plain tensors as under
+                DDP, offloaded parameters, engines with flat buffers), or ``nonfinite`` is not "propagate".
+            RuntimeError: the last one was not followed by ``step()``, or gradients were changed after it.
+        """
+        binding = self._bind()
+        require_possible(binding, self._options)
+        step = Step(binding, self._connect(binding), self.observer, frees=free_gradients)
+        return self._early.during_backward(step)
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's; complete from the start, since checkpoints are loaded into what exists."""
+        self._early.require_finished("state_dict()")
         self._bind().let_host_in()
         return super().state_dict()
 
@@ -262,6 +302,7 @@ class DistMuon(torch.optim.Optimizer):
         Raises:
             ValueError: the state was saved with other codecs, shapes or algorithms; nothing is changed.
         """
+        self._early.require_finished("load_state_dict()")
         self._bind().let_host_in()
         saved = state_dict["state"]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
