@@ -9,12 +9,14 @@ A job measures on all of its ranks; rows that --out holds already, of other numb
 them. `deepspeed benchmarks/scaling.py ...` and `mpirun -np 8 python benchmarks/scaling.py ...` do as well.
 
 - step-strong: the optimizer step alone on random bf16 shards of the model; step-weak: with n / --at of its layers.
-- train-weak: whole steps under FSDP2 with --sequences a rank; train-strong: as many in all as --at ranks would have.
+- train-weak: whole steps under FSDP2 with --sequences a rank; train-strong: as many in all as --at ranks would have;
+  train-early: as train-weak, with DistMuon alone, whose steps begin during the backward pass.
 - zero2, zero3: whole steps under DeepSpeed with --sequences a rank.
 
 "step" is the slowest rank's median. "exposed" is what the same step takes less when the exchange is a local copy.
 "sent" is what a rank sends to others inside the optimizer's step, counted at the collectives. "peak" is the most memory
-of any rank's tensors, the model and gradients included; "state" is what the optimizer keeps of it.
+of any rank's tensors, the model and gradients included; "state" is what the optimizer keeps of it. train-early sends a
+part of it before, which is not counted.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ from muon_dist.memory import measured_state_bytes
 from muon_dist.options import MomentumState, Wire
 from optimizers import Make, choice
 from traffic import Traffic, local_exchange
-from training import DEEPSPEED_OPTIMIZERS, Fsdp2, Trainer, Zero, import_deepspeed
+from training import DEEPSPEED_OPTIMIZERS, EarlyFsdp2, Fsdp2, Trainer, Zero, import_deepspeed
 
 WARMUP = 3
-MEASUREMENTS = ("step-strong", "step-weak", "train-strong", "train-weak", "zero2", "zero3")
+MEASUREMENTS = ("step-strong", "step-weak", "train-strong", "train-weak", "train-early", "zero2", "zero3")
 Row = dict[str, Any]
 
 
@@ -69,6 +71,8 @@ class Bench:
         for label, make in makes.items():
             if self.arguments.only and not any(part in label for part in self.arguments.only):
                 continue
+            if measurement == "train-early" and "DistMuon" not in label:
+                continue
             self.job.reset_memory()
             row = {"model": name, "measurement": measurement, "optimizer": label, "ranks": self.job.ranks}
             title = " ".join(map(str, row.values()))
@@ -83,7 +87,8 @@ class Bench:
         if measurement.startswith("zero"):
             return Zero(model, length, sequences, device, make, stage=int(measurement[-1]))
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.arguments.dtype]
-        return Fsdp2(model, length, self.job.mesh, device, dtype, make)
+        trainer = EarlyFsdp2 if measurement == "train-early" else Fsdp2
+        return trainer(model, length, self.job.mesh, device, dtype, make)
 
     def _optimizer_steps(self, model: Model, make: Make, title: str) -> Row:
         """The optimizer's step alone."""

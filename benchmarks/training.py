@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from models import Model, build
+from muon_dist import DistMuon
 from muon_dist.integrations.fsdp import shard_transformer
 from optimizers import Make
 
@@ -63,6 +64,18 @@ class Fsdp2:
     def close(self) -> None:
         self.optimizers.clear()
         del self.model
+
+
+class EarlyFsdp2(Fsdp2):
+    """The optimizer's step begins during the backward pass."""
+
+    def backward(self, tokens: Tensor) -> Tensor:
+        loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss
+        (optimizer,) = self.optimizers
+        assert isinstance(optimizer, DistMuon)
+        with optimizer.during_backward():
+            loss.backward()
+        return loss.detach()
 
 
 class Zero:

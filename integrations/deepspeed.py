@@ -17,7 +17,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,12 @@ class DistOrthogonal(DistMuon):
         if first and self._is_called_by_a_constructor():
             return None
         return super().step(closure)
+
+    def during_backward(self, *, free_gradients: bool = False) -> AbstractContextManager[None]:
+        """Raises NotImplementedError: DeepSpeed reduces, scales and clips gradients after the backward pass."""
+        raise NotImplementedError(
+            "during_backward(): DeepSpeed reduces, scales and clips gradients before it calls step(); leave it out"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """As DistMuon's, and what :mod:`muon_dist.integrations.deepspeed_files` has to know of it."""

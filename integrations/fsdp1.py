@@ -15,6 +15,7 @@ ones that are all the same memory, those of its own AdamW too.)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,6 +69,13 @@ class FlatDistMuon(DistMuon):
     def __init__(self, model: nn.Module, params: ParamsT | None = None, **options: Any) -> None:
         self._places = dict(_places(model))
         super().__init__(model.named_parameters() if params is None else params, **options)
+
+    def during_backward(self, *, free_gradients: bool = False) -> AbstractContextManager[None]:
+        """Raises NotImplementedError: FSDP1 hands out gradients when the whole backward pass is done."""
+        raise NotImplementedError(
+            "during_backward(): FSDP1 hands out gradients when the backward pass is done; leave it out, or shard the "
+            "model with fully_shard"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, decoded: every state is fp32, of the shape of what FSDP1 leaves in the parameter.

@@ -3,6 +3,7 @@ place."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,6 +53,9 @@ class TrainConfig:
     polar: Annotated[Polar, "coefficients of dist_muon's Newton-Schulz iteration"] = "polar_express"
     wire: Annotated[Wire, "how dist_muon's matrices travel"] = "bf16"
     offload_momentum: Annotated[bool, "keep dist_muon's momentum in page-locked memory of the host (on GPUs)"] = False
+    during_backward: Annotated[
+        bool, "begin dist_muon's step during the backward pass before it; with --clip-norm inf (fsdp2, single)"
+    ] = False
     lr: Annotated[float, "peak learning rate of the matrices that Muon updates"] = 2e-2
     adamw_lr: Annotated[float, "peak learning rate of everything that AdamW updates"] = 3e-3
     momentum: Annotated[float, "Muon's momentum"] = 0.95
@@ -85,6 +89,11 @@ class TrainConfig:
             raise UsageError(f"--ds-config is for --engine deepspeed, not for --engine {self.engine}")
         if self.engine == "deepspeed" and self.async_save:
             raise UsageError("--async-save is for torch's engines; DeepSpeed writes its checkpoints itself")
+        if self.during_backward:
+            if self.engine not in ("fsdp2", "single") or self.optimizer != "dist_muon":
+                raise UsageError("--during-backward is for --optimizer dist_muon with --engine fsdp2 or single")
+            if not math.isinf(self.clip_norm):
+                raise UsageError("--during-backward uses gradients before their norm is known; add --clip-norm inf")
         if self.data and self.hf_dataset:
             raise UsageError("--data and --hf-dataset both name the text to train on; give one of them")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import LlamaForCausalLM
 
+from muon_dist import DistMuon
 from muon_dist.checkpoint.background import on_host
 from muon_dist.integrations.fsdp import data_parallel_mesh, no_gradient_sync, shard_transformer
 from muon_dist.launch.config import TrainConfig
@@ -89,6 +91,11 @@ class TorchEngine(Engine):
                 self.model = ddp = DistributedDataParallel(model, device_ids=[environment.device] if on_cuda else None)
                 self.no_gradient_sync = ddp.no_sync
         self.optimizers = build_optimizers(config, self.model)
+        self.last_pass: Context = nullcontext
+        if config.during_backward:
+            (optimizer,) = self.optimizers
+            assert isinstance(optimizer, DistMuon)
+            self.last_pass = optimizer.during_backward
         self.schedulers = [warmup_cosine(optimizer, config.warmup_steps, config.steps) for optimizer in self.optimizers]
 
     def _shard(self, config: TrainConfig, environment: Environment, model: LlamaForCausalLM) -> None:
@@ -102,14 +109,17 @@ class TorchEngine(Engine):
 
     @contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        with nullcontext() if is_last else self.no_gradient_sync():
+        with self.last_pass() if is_last else self.no_gradient_sync():
             yield
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation_steps).backward()
 
     def step(self) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if math.isfinite(self.clip_norm):
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()

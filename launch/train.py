@@ -82,10 +82,10 @@ def train(config: TrainConfig, environment: Environment, text: TextData, ds_conf
             is_last = step == config.steps
             seed_random_numbers(config.seed, step, environment.rank)
             lr = engine.optimizers[0].param_groups[0]["lr"]
-            loss = backward(engine, batches.training(step))
             is_observed = config.statistics_every > 0 and step % config.statistics_every == 0
             for observer in observers:
                 observer.observing = is_observed
+            loss = backward(engine, batches.training(step))
             grad_norm = engine.step()
 
             metrics.advance(config.batch_size * config.sequence_length)

@@ -3,7 +3,7 @@
 - Before the first step, and when parameters change: a plan is computed by every rank on its own. If the inputs differ
   the collectives differ and the job hangs; so their fingerprints are compared first.
 - At every step: which gradients are missing, where there are replicas to drift apart; and whether all are finite, where
-  the options ask for it.
+  the options ask for it (:mod:`muon_dist.nonfinite`).
 
 On a difference every rank raises, naming it.
 """
@@ -11,14 +11,12 @@ On a difference every rank raises, naming it.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 _SHOWN = 5
 T = TypeVar("T")
@@ -95,26 +93,6 @@ class Watch:
             for name in sorted(differing)[:_SHOWN]
         ]
         raise ValueError(f"{what}:\n" + "\n".join(lines))
-
-
-def all_finite(gradients: Sequence[Tensor], groups: Sequence[dist.ProcessGroup], device: torch.device) -> Tensor:
-    """Whether the gradients of all ranks are finite: a bool scalar on ``device``, the same on every rank.
-
-    Costs one pass over the gradients and a small all-reduce a group. The host waits for nothing, except with gloo.
-    """
-    largest = get_total_norm(gradients, norm_type=math.inf)  # of NaN it is NaN
-    finite = torch.isfinite(largest).to(device=device, dtype=torch.int32)
-    for group in groups:
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
-    return finite.bool()
-
-
-def nonfinite_names(gradients: Sequence[tuple[str, Tensor]], groups: Sequence[dist.ProcessGroup]) -> list[str]:
-    """Whose gradients hold a NaN or an infinity on any rank: the same names on all of them. Waits for the device."""
-    names = {name for name, gradient in gradients if not torch.isfinite(gradient).all()}
-    for group in groups:
-        names = names.union(*gathered(names, group))
-    return sorted(names)
 
 
 def _differences(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:

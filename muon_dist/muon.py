@@ -12,7 +12,7 @@ before it is stored, so a codec's error enters only with the next step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -143,9 +143,7 @@ class MuonMatrix:
     def apply(
         self, rect: Rect, wire: WireFormat, packed: Tensor, taken: Tensor | None, batch: ApplyBatch | None
     ) -> None:
-        """Decays and updates the rectangle ``rect`` of the parameter; without a gradient it stays as it is."""
-        if not self.shard.has_gradient:
-            return
+        """Decays and updates the rectangle ``rect`` of the parameter."""
         whole = self.shard.weight()
         entry = self._entry_of_weight(rect, whole, wire, packed) if batch is not None else None
         if batch is not None and entry is not None and batch.take(entry, whole, packed, *self.factors):
@@ -251,6 +249,7 @@ class MuonWork:
     Attributes:
         taken: a bool on the device, whether this step changes state and weights; None: it does. What a step that is not
             taken computes on its way is garbage, and all of it is dropped.
+        present: ids of the shards that have a gradient in this step. The others are not updated.
     """
 
     matrices: Sequence[MuonMatrix]
@@ -259,6 +258,11 @@ class MuonWork:
     form: PolarForm
     dtype: torch.dtype | None
     taken: Tensor | None = None
+    present: Set[int] = frozenset()
+
+    def updates(self, matrix: int) -> bool:
+        """Whether the matrix at a position of the plan is updated in this step."""
+        return id(self.matrices[matrix].shard) in self.present
 
     def accumulate(self, pieces: Sequence[PackedPiece]) -> None:
         batch = batches.AccumulateBatch(self.taken) if pieces and kernels.usable_on(pieces[0].packed.device) else None
@@ -277,6 +281,7 @@ class MuonWork:
     def apply(self, pieces: Sequence[PackedPiece]) -> None:
         batch = batches.ApplyBatch(self.taken) if pieces and kernels.usable_on(pieces[0].packed.device) else None
         for matrix, rect, packed in pieces:
-            self.matrices[matrix].apply(rect, self.wire, packed, self.taken, batch)
+            if self.updates(matrix):
+                self.matrices[matrix].apply(rect, self.wire, packed, self.taken, batch)
         if batch is not None:
             batch.launch()

@@ -15,9 +15,7 @@ shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import finalize
 
@@ -26,13 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from muon_dist.agreement import all_finite, nonfinite_names
 from muon_dist.binding import Binding, Signature, bind, named, signature, synchronize, tensor_shards
 from muon_dist.connections import Connections, ProcessGroups, connect
 from muon_dist.describe import describe
+from muon_dist.early import Early, require_possible
 from muon_dist.forms import Forms
 from muon_dist.grouping import Grouping, shape_as_is
 from muon_dist.groups import GROUP_OPTIONS, Defaults, resolve_group
+from muon_dist.nonfinite import Judge
 from muon_dist.options import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_CHUNK_BYTES,
@@ -52,6 +51,7 @@ from muon_dist.sharding import local
 from muon_dist.shards import Shard
 from muon_dist.state_dict import loaded, require_matching, require_same_members
 from muon_dist.statistics import Observer
+from muon_dist.step import Step, current_device
 
 
 class DistMuon(torch.optim.Optimizer):
@@ -162,8 +162,9 @@ class DistMuon(torch.optim.Optimizer):
         self._overrides = overrides
         self._process_group = process_group
         self._grouping = Grouping()
-        self._skipped: Tensor | None = None  # a count on the device
+        self._judge = Judge(nonfinite)
         self.observer = Observer()
+        self._early = Early()
         muon = {
             "lr": lr,
             "momentum": momentum,
@@ -198,6 +199,7 @@ class DistMuon(torch.optim.Optimizer):
     def bound(self) -> Binding:
         """The parameters as they are now, with their state, for the host to read and write before the next step, and
         found to be alike on all ranks. Collective."""
+        self._early.require_finished("what reads or writes the state")
         binding = self._bind()
         self._connect(binding)
         binding.let_host_in()
@@ -222,7 +224,7 @@ class DistMuon(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps of this process that NaN or infinite gradients left out. Waits for the device."""
-        return 0 if self._skipped is None else int(self._skipped)
+        return self._judge.skipped
 
     @property
     def plans(self) -> list[Plan]:
@@ -231,31 +233,64 @@ class DistMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all parameters with a gradient. Issues collectives: call it on every rank."""
+        """One update of all parameters with a gradient. Issues collectives: call it on every rank.
+
+        Raises:
+            RuntimeError: gradients were changed after :meth:`during_backward` had read them.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         binding = self._bind()
-        pipelines, replicated = self._connect(binding)
+        connections = self._connect(binding)
+        step = self._early.take(binding) or Step(binding, connections, self.observer)
         for shard in binding.shards:
             shard.require_gradient_fits()
-        for shards, watch in replicated:
-            watch.require_same(frozenset(shard.name for shard in shards if not shard.has_gradient), _NO_GRADIENT)
+        step.present.update(id(shard) for shard in binding.shards if shard.has_gradient)
+        for shards, watch in connections.replicated:
+            without = frozenset(shard.name for shard in shards if id(shard) not in step.present)
+            watch.require_same(without, _NO_GRADIENT)
         for shard in binding.shards:
             shard.settle_gradient()
-        with _current(binding.device), self.observer.step(binding.device) as observed:
-            taken = self._judge(binding)
-            update_adamw = partial(binding.update_adamw, taken)
-            # AdamW's update needs no exchange: it fills the time while the first chunk travels.
-            for i, (pipeline, work) in enumerate(pipelines):
-                pipeline.run(observed(replace(work, taken=taken), pipeline.group), update_adamw if i == 0 else _nothing)
-            if not pipelines:
-                update_adamw()
+        with current_device(binding.device):
+            step.finish(self._judge.taken(binding, self._groups))
+        self._early.finished()
         return loss
+
+    def during_backward(self, *, free_gradients: bool = False) -> AbstractContextManager[None]:
+        """Around the last backward pass before ``step()``: the step begins while gradients are still computed.
+
+            with optimizer.during_backward():
+                loss.backward()
+            optimizer.step()
+
+        The first two chunks of matrices (of ``chunk_bytes``) are taken into the momentum and sent to their owners as
+        soon as their gradients are there. Weights change in ``step()`` only. Results are the same bits. Collective.
+
+        - Gradients must be final after this pass: no clipping, no ``GradScaler``, no averaging by hand. Micro-batches
+          before it add up as ever, outside. What changes gradients later raises at the next step, naming them.
+        - Learning rate and weight decay are read in ``step()``, momentum and ``nesterov`` when a chunk is sent.
+        - ``step()`` has to follow on every rank. If the pass raises, what had begun is given up: the momentum of these
+          matrices has taken their gradients, weights are as they were, and the next step is like any other.
+        - The buffers of the exchange are allocated during the pass.
+
+        Args:
+            free_gradients: drop each gradient once it has been read, here and in ``step()``: ``p.grad`` is None then.
+
+        Raises:
+            ValueError: gradients are not final or cannot be read during the pass (replicas of plain tensors as under
+                DDP, offloaded parameters, engines with flat buffers), or ``nonfinite`` is not "propagate".
+            RuntimeError: the last one was not followed by ``step()``, or gradients were changed after it.
+        """
+        binding = self._bind()
+        require_possible(binding, self._options)
+        step = Step(binding, self._connect(binding), self.observer, frees=free_gradients)
+        return self._early.during_backward(step)
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's; complete from the start, since checkpoints are loaded into what exists."""
+        self._early.require_finished("state_dict()")
         self._bind().let_host_in()
         return super().state_dict()
 
@@ -267,6 +302,7 @@ class DistMuon(torch.optim.Optimizer):
         Raises:
             ValueError: the state was saved with other codecs, shapes or algorithms; nothing is changed.
         """
+        self._early.require_finished("load_state_dict()")
         self._bind().let_host_in()
         saved = state_dict["state"]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -336,44 +372,8 @@ class DistMuon(torch.optim.Optimizer):
             )
         return self._connections[binding.signature]
 
-    def _judge(self, binding: Binding) -> Tensor | None:
-        """Whether this step is taken: a bool on the device, the same on all ranks, for which the host does not wait; or
-        None: it is.
-
-        Raises:
-            FloatingPointError: gradients are not finite, and the options say so; this waits.
-        """
-        if self._options.nonfinite == "propagate":
-            return None
-        gradients = [
-            (shard.name, gradient)
-            for shard in binding.shards
-            if (gradient := shard.gradient()) is not None and gradient.numel()
-        ]
-        groups = [group for ranks in binding.domains() if (group := self._groups.of(ranks))]
-        taken = all_finite([gradient for _, gradient in gradients], groups, binding.device)
-        if self._options.nonfinite == "skip":
-            self._skipped = ~taken + (0 if self._skipped is None else self._skipped)
-            return taken
-        if not taken:
-            raise FloatingPointError(
-                f"the gradients of {', '.join(nonfinite_names(gradients, groups))} hold NaN or infinity; nothing was "
-                f'updated. Lower the learning rate, clip the gradients, skip such steps with nonfinite="skip", or let '
-                f'them pass with "propagate"'
-            )
-        return None
-
 
 _NO_GRADIENT = (
     "some replicas of parameters had no gradient in the last step while others had one, so they have drifted apart. Go "
     "on from a checkpoint, and reduce gradients over all replicas, zeros where one has none. Without a gradient were"
 )
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes ``device`` the current one: kernels are launched there."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-
-
-def _nothing() -> None:
-    pass

@@ -133,8 +133,8 @@ def make_plan(matrices: Sequence[Matrix], ranks: int, wire: WireFormat, chunk_by
     costs = [polar_flops(m.geometry.rows, m.geometry.cols) for m in matrices]
     geometries = sorted({m.geometry for m in matrices})
     places = {geometry: place for place, geometry in enumerate(geometries)}
-    # Equal geometries stay together among equal costs, to be batched.
-    order = sorted(range(len(matrices)), key=lambda i: (-costs[i], places[matrices[i].geometry], i))
+    # Equal geometries stay together among equal costs, to be batched; the last first, whose gradients come first.
+    order = sorted(range(len(matrices)), key=lambda i: (-costs[i], places[matrices[i].geometry], -i))
     fair = _MAX_IMBALANCE * sum(costs) / ranks
     owners = [0] * len(matrices)
     before = [0] * len(matrices)  # FLOPs of its owner's until it is its turn

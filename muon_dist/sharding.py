@@ -231,6 +231,15 @@ def settle_gradient(parameter: Tensor) -> None:
         parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
+def is_settled(parameter: Tensor) -> bool:
+    """Whether there is a gradient that can be read as it is: dense, and laid out as the parameter."""
+    gradient = parameter.grad
+    if gradient is None or gradient.layout is not torch.strided:
+        return False
+    layouts = [(t.device_mesh, t.placements) if isinstance(t, DTensor) else None for t in (parameter, gradient)]
+    return layouts[0] == layouts[1]
+
+
 def local_gradient(parameter: Tensor) -> Tensor | None:
     """This rank's part of ``parameter.grad``; None where there is no gradient."""
     if parameter.grad is None:

@@ -157,6 +157,13 @@ class TensorShard(Shard):
     def settle_gradient(self) -> None:
         settle_gradient(self.parameter)
 
+    def drop_gradient(self) -> None:
+        """Frees its memory, once the stream in use has done what it was given so far."""
+        gradient = self.gradient()
+        if gradient is not None and gradient.device.type != "cpu":
+            gradient.record_stream(torch.get_device_module(gradient.device).current_stream(gradient.device))
+        self.parameter.grad = None
+
     def geometries(self, form: Form) -> tuple[Geometry, ...]:
         if len(form.shape) < len(self.shape):
             if not folds(self.shape, self.home):

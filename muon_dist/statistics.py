@@ -12,9 +12,7 @@ decoded copy of a chunk's momentum, a product per batch, and small kernels for e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,14 +26,13 @@ from muon_dist.pipeline import MatrixWork
 # Positions in the sums.
 _UPDATE, _UPDATED, _MOMENTUM, _ERROR, _RESIDUAL, _MATRICES = range(6)
 
-Watch: TypeAlias = Callable[[MuonWork, "dist.ProcessGroup | None"], MatrixWork]
-
 
 class Observer:
     """Watches the steps that are made while ``observing``.
 
     Attributes:
-        observing: whether to watch; the same on all ranks, since what is seen is reduced over them.
+        observing: whether to watch; the same on all ranks, since what is seen is reduced over them. It is read when a
+            step begins: at ``step()``, or at the start of ``during_backward()``.
         latest: of the last call of ``step()`` that was watched and had matrices: 0-dimensional fp32 tensors on the
             device of the parameters, the same on all ranks. Reading one waits for it.
     """
@@ -44,20 +41,31 @@ class Observer:
         self.observing = False
         self.latest: dict[str, Tensor] = {}
 
-    @contextmanager
-    def step(self, device: torch.device) -> Iterator[Watch]:
-        """Around one step: gives what makes watched work of work."""
-        watched: list[tuple[_WatchedWork, dist.ProcessGroup | None]] = []
+    def begin(self, device: torch.device) -> Observation:
+        """Of one step, whose parameters are computed on ``device``."""
+        return Observation(device, self.observing)
 
-        def watch(work: MuonWork, group: dist.ProcessGroup | None) -> MatrixWork:
-            if not self.observing:
-                return work
-            watched.append((_WatchedWork(work, device), group))
-            return watched[-1][0]
+    def end(self, observation: Observation) -> None:
+        """The step is done. Collective if it was watched."""
+        if observation.watched:
+            self.latest = _figures([work.reduced(group) for work, group in observation.watched])
 
-        yield watch
-        if watched:
-            self.latest = _figures([work.reduced(group) for work, group in watched])
+
+class Observation:
+    """What is watched in one step."""
+
+    def __init__(self, device: torch.device, observing: bool) -> None:
+        self.watched: list[tuple[_WatchedWork, dist.ProcessGroup | None]] = []
+        self._device = device
+        self._observing = observing
+
+    def watch(self, work: MuonWork, group: dist.ProcessGroup | None) -> MatrixWork:
+        """What the pipeline is to be given for ``work``."""
+        if not self._observing:
+            return work
+        watched = _WatchedWork(work, self._device)
+        self.watched.append((watched, group))
+        return watched
 
 
 class _WatchedWork:
@@ -96,7 +104,7 @@ class _WatchedWork:
         self._work.apply(pieces)
         for index, rect, packed in pieces:
             matrix = self._work.matrices[index]
-            if matrix.shard.has_gradient:
+            if self._work.updates(index):
                 _, factor = matrix.factors
                 update = self._work.wire.back.unpack(packed.unsqueeze(0), rect.rows, rect.cols)
                 self._add(_UPDATE, torch.linalg.vector_norm(update, dtype=torch.float32).square(), factor**2)

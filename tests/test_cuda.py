@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def values(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator).cuda() for name, shape in SHAPES.items()}
 
 
-def train(sharded: bool, offloaded: bool = False, **options: Any) -> dict[str, Tensor]:
+def train(sharded: bool, offloaded: bool = False, early: bool = False, **options: Any) -> dict[str, Tensor]:
     mesh = init_device_mesh("cuda", (dist.get_world_size(),)) if sharded else None
 
     def place(tensor: Tensor) -> Tensor:
@@ -53,8 +54,15 @@ def train(sharded: bool, offloaded: bool = False, **options: Any) -> dict[str, T
     parameters = {name: nn.Parameter(place(value)) for name, value in values(0).items()}
     optimizer = DistMuon(list(parameters.items()), chunk_bytes=1 << 20, **options)
     for step in range(STEPS):
-        for name, gradient in values(1 + step).items():
-            parameters[name].grad = place(gradient)
+        gradients = {name: place(gradient) for name, gradient in values(1 + step).items()}
+        if early:
+            loss = sum((on_rank(p) * local(gradients[name])).sum() for name, p in parameters.items())
+            assert isinstance(loss, Tensor)
+            with optimizer.during_backward(free_gradients=True):
+                loss.backward()
+        else:
+            for name, gradient in gradients.items():
+                parameters[name].grad = gradient
         optimizer.step()
         if options.get("offload_momentum"):
             optimizer.load_state_dict(optimizer.state_dict())
@@ -65,6 +73,11 @@ def train(sharded: bool, offloaded: bool = False, **options: Any) -> dict[str, T
 def is_pinned(optimizer: DistMuon, parameter: Tensor) -> bool:
     """Whether all of this rank's state of a parameter lies in page-locked memory of the host."""
     return all(local(buffer).is_pinned() for buffer in optimizer.state[parameter].values())
+
+
+def on_rank(parameter: Tensor) -> Tensor:
+    """Its part on this rank, as autograd sees it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -80,6 +93,7 @@ def whole(tensor: Tensor) -> Tensor:
         ("linear8", "bf16", ""),
         ("linear8", "bf16", "offloaded"),
         ("linear8", "bf16", "momentum offloaded"),
+        ("linear8", "bf16", "early"),
     ],
 )
 def test_nccl_ranks_equal_the_single_process(ranks: int, state: str, wire: str, place: str, tmp_path: Path) -> None:
@@ -161,6 +175,30 @@ def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any, 
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("frees", [False, True])
+@pytest.mark.parametrize("momentum_state", ["linear8", "lowrank4"])
+def test_a_step_that_begins_during_the_backward_pass_is_the_same_bits_and_waits_for_nothing(
+    momentum_state: Any, frees: bool
+) -> None:
+    weights = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(12))).cuda()
+        options = {"chunk_bytes": 2 << 20, "momentum_state": momentum_state}
+        optimizer = DistMuon(model.named_parameters(), **options)
+        for step in range(5):
+            loss = model(torch.full((64, 512), 1.0 + step, device="cuda")).square().sum()
+            with optimizer.during_backward(free_gradients=frees) if early else nullcontext():
+                torch.cuda.set_sync_debug_mode("error" if step else "default")
+                loss.backward()
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+            assert all((p.grad is None) == (early and frees) for p in model.parameters())
+            optimizer.zero_grad()
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize("momentum_state", ["fp32", "linear8", "dynamic8", "nf4", "grasp4", "lowrank4"])
@@ -299,6 +337,7 @@ def _run_rank(state: str, wire: str, place: str, out: str) -> None:
     weights = train(
         sharded=True,
         offloaded=place == "offloaded",
+        early=place == "early",
         offload_momentum=place == "momentum offloaded",
         momentum_state=state,
         wire=wire,

@@ -22,6 +22,8 @@ def test_a_layout_that_is_not_understood_stops_every_rank() -> None:
             engine.basic_optimizer.param_groups[0]["params"][0].data[5] += 1
         with pytest.raises(ValueError, match="rank 1: .* does not hold this parameter"):
             steps(engine, 0, 1)
+        with pytest.raises(NotImplementedError, match=r"during_backward\(\): DeepSpeed reduces, scales and clips"):
+            engine.basic_optimizer.during_backward()
 
     run_ranks(2, run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -43,12 +44,14 @@ def batch(step: int) -> Tensor:
     return torch.randint(44, (12, 16), generator=torch.Generator().manual_seed(step))
 
 
-def train(model: nn.Module, rank: int = 0, ranks: int = 1, **options: Any) -> DistMuon:
+def train(model: nn.Module, rank: int = 0, ranks: int = 1, early: bool = False, **options: Any) -> DistMuon:
     named = model.module.named_parameters() if isinstance(model, DistributedDataParallel) else model.named_parameters()
     optimizer = DistMuon(named, **{"momentum_state": "fp32", "wire": "fp32", **options})
     for step in range(STEPS):
         tokens = batch(step).chunk(ranks)[rank]
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        with optimizer.during_backward() if early else nullcontext():
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
@@ -122,6 +125,20 @@ def test_an_engine_trains_like_a_single_process(name: str, reference: list[Tenso
         for ours, theirs, before in zip(found, reference, start, strict=True):
             # Gradients are summed in another order; Newton-Schulz and AdamW's division carry that rounding on.
             assert float((ours - theirs).norm()) < 2e-3 * float((theirs - before).norm())
+
+
+@pytest.mark.parametrize("name", ["tensor parallel 2 x fsdp2 2", "fsdp2, compiled, activation checkpointing"])
+def test_a_step_that_begins_during_the_backward_pass_is_the_same_bits(name: str) -> None:
+    ranks, wrap = ENGINES[name]
+
+    def check(rank: int) -> None:
+        plain, early = wrap(llama()), wrap(llama())
+        sharers = 2 if "tensor" in name else 1
+        for model in (plain, early):
+            train(model, rank // sharers, ranks // sharers, early=model is early, chunk_bytes=8000)
+        assert all(torch.equal(*weights) for weights in zip(whole_weights(early), whole_weights(plain), strict=True))
+
+    run_ranks(ranks, check)
 
 
 def test_mixed_precision_policies_work() -> None:

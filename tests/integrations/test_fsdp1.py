@@ -93,6 +93,8 @@ def test_what_it_cannot_read_is_refused_with_the_reason() -> None:
         with pytest.raises(ValueError, match=r"_fsdp_wrapped_module.weight: an engine has flattened it.*integrations"):
             DistMuon(model.named_parameters())
         optimizer = FlatDistMuon(model)
+        with pytest.raises(NotImplementedError, match=r"during_backward\(\): FSDP1 hands out gradients when"):
+            optimizer.during_backward()
         with FullyShardedDataParallel.summon_full_params(model), pytest.raises(ValueError, match="has gathered it"):
             optimizer.step()
         state = optimizer.state_dict()

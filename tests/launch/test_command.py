@@ -20,6 +20,8 @@ from muon_dist.launch.environment import LAUNCHER_VARIABLES
         ("--engine ddp --replicas 2", "--replicas is for --engine fsdp2"),
         ("--replicas 2", "--replicas 2 does not divide the 1 ranks"),
         ("--batch-size 9 --accumulation-steps 2", "use a multiple of 2"),
+        ("--during-backward", "add --clip-norm inf"),
+        ("--during-backward --engine ddp", "--during-backward is for --optimizer dist_muon with --engine fsdp2"),
         ("--data /nowhere --hf-dataset name", "give one of them"),
         ("--data /nowhere", "/nowhere: no such file or folder"),
     ],

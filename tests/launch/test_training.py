@@ -71,7 +71,7 @@ def test_statistics_of_the_optimizer_go_to_all_records(
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    options = "--engine single --steps 4 --statistics-every 2 --wandb project"
+    options = "--engine single --steps 4 --statistics-every 2 --wandb project --during-backward --clip-norm inf"
     launch(tmp_path / "run", *options.split(), ranks=1)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = [record for record in records if record["kind"] == "optimizer"]
