@@ -3,11 +3,11 @@ gram-newton-schulz package, if it is installed.
 
     python benchmarks/polar.py [--out polar.json]
 
-Batches of random bf16 matrices, five Polar Express steps in fp16. "torch" is the standard form of torch.optim.Muon's
-iteration, batched, with cuBLAS products; "gram-ns" is gram-newton-schulz as it comes, with its CuTe kernels; "ours" is
-muon_dist.polar.polar_factor as the optimizer calls it. Times are medians, by CUDA events. TFLOP/s counts the FLOPs that
-symmetric products need: in the standard form 5 (3 s^2 l + s^3), in the Gram form 6 s^2 l + 14 s^3. "of GEMM" is its
-share of what cuBLAS reaches on this GPU, in this run, for fp16 products of 8192 x 8192.
+Batches of random bf16 matrices. "torch" is the standard form of torch.optim.Muon's iteration, batched, with cuBLAS
+products and five Polar Express steps in fp16; "gram-ns" is gram-newton-schulz as it comes, with its CuTe kernels and
+the same five steps; "quintic" is muon_dist.polar.polar_factor with these steps, "ours" as the optimizer calls it. Times are
+medians, by CUDA events. TFLOP/s counts the FLOPs that ours needs, symmetric products by half. "of GEMM" is its share of
+what cuBLAS reaches on this GPU, in this run, for fp16 products of 8192 x 8192.
 
 Accuracy is that of one matrix U S V^T with known singular vectors, whose polar factor is U V^T. "cosine" is to that;
 "mixing" is the norm of what U^T O V has beside its diagonal, relative to the exact one's.
@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from muon_dist.plan import polar_flops
 from muon_dist.polar import polar_factor, schedule
-from muon_dist.polar.newton_schulz import GRAM_FROM_ASPECT
+from muon_dist.polar.coefficients import Doubling
 
 BATCHES = [
     (16, 1024, 1024),
@@ -40,22 +41,20 @@ BATCHES = [
     (1, 8192, 28672),
 ]
 ACCURACY_SHAPES = [(2048, 2048), (2048, 8192)]
-SCHEDULE = schedule("polar_express", 5)
+QUINTIC, DOUBLING = schedule("polar_express"), schedule("doubling")
 Polar = Callable[[Tensor], Tensor]
 
 
 def torch_standard(matrices: Tensor) -> Tensor:
     """a X + (b A + c A^2) X with A = X X^T, as torch.optim.Muon iterates, for a batch in fp16."""
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x = (matrices / (norm * SCHEDULE.margin)).half()
-    for a, b, c in SCHEDULE.coefficients:
+    x = (matrices / (norm * QUINTIC.margin)).half()
+    for step in QUINTIC.steps:
+        assert not isinstance(step, Doubling)
+        a, b, c = step
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
-
-
-def ours(matrices: Tensor) -> Tensor:
-    return polar_factor(matrices, SCHEDULE)
 
 
 def competitors() -> dict[str, Polar]:
@@ -66,7 +65,11 @@ def competitors() -> dict[str, Polar]:
         pass
     else:
         found["gram-ns"] = GramNewtonSchulz()
-    return {**found, "ours": ours}
+    return {
+        **found,
+        "quintic": partial(polar_factor, schedule=QUINTIC),
+        "ours": partial(polar_factor, schedule=DOUBLING),
+    }
 
 
 def spectra(short: int) -> dict[str, Tensor]:
@@ -97,12 +100,6 @@ def gemm_tflops() -> float:
     return 2 * 8192**3 / milliseconds(lambda: a @ a) / 1e9
 
 
-def flops(n: int, short: int, long: int) -> float:
-    if long >= GRAM_FROM_ASPECT * short:
-        return n * (6.0 * short**2 * long + 14 * short**3)
-    return n * 5.0 * (3 * short**2 * long + short**3)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
@@ -114,7 +111,7 @@ def main() -> None:
     for n, short, long in BATCHES:
         matrices = torch.randn(n, short, long, device="cuda", dtype=torch.bfloat16)
         found = {name: milliseconds(partial(polar, matrices)) for name, polar in polars.items()}
-        rate = flops(n, short, long) / found["ours"] / 1e9
+        rate = n * polar_flops(short, long) / found["ours"] / 1e9
         times.append({"batch": [n, short, long], "milliseconds": found, "tflops": rate})
         print(f"{f'{n}x{short}x{long}':>16}" + "".join(f"{ms:>13.2f}" for ms in found.values()), end="")
         print(f"{rate:>10.0f}{rate / gemm:>9.0%}", flush=True)

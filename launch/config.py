@@ -50,7 +50,7 @@ class TrainConfig:
     block_size: Annotated[int, "elements of a row that share a scale in the 8-bit and 4-bit states"] = (
         DEFAULT_BLOCK_SIZE
     )
-    polar: Annotated[Polar, "coefficients of dist_muon's Newton-Schulz iteration"] = "polar_express"
+    polar: Annotated[Polar, "coefficients of dist_muon's Newton-Schulz iteration"] = "doubling"
     wire: Annotated[Wire, "how dist_muon's matrices travel"] = "bf16"
     offload_momentum: Annotated[bool, "keep dist_muon's momentum in page-locked memory of the host (on GPUs)"] = False
     during_backward: Annotated[

@@ -75,9 +75,10 @@ class DistMuon(torch.optim.Optimizer):
         block_size: elements of a row that share a scale in the 8-bit and 4-bit states; the side of grasp4's tiles.
         rank_fraction: rank of the low-rank part of "grasp4" and "lowrank4" over the shorter side of a matrix; by
             default 1/16, and what fits in 0.65 bytes an element.
-        polar: coefficients of the Newton-Schulz iteration: "polar_express", "jordan", "cans", "jiacheng".
-        polar_steps: iterations.
-        polar_form: "standard", "gram", or "auto" by shape.
+        polar: coefficients of the Newton-Schulz iteration: "doubling", with fewest FLOPs; "polar_express", "jordan",
+            "cans", "jiacheng".
+        polar_steps: iterations; by default five, of "doubling" its two.
+        polar_form: "standard", "gram", or "auto" by shape; of all but "doubling".
         polar_dtype: arithmetic of the iteration; by default fp16 on accelerators and fp32 on CPU.
         wire: how matrices travel to their owners and back: "fp32", "bf16" (fp16 on the way back), "int8", "nf4".
         chunk_bytes: bound on each of the exchange's buffers on a rank (there are four, or two in a single process). A
@@ -122,8 +123,8 @@ class DistMuon(torch.optim.Optimizer):
         momentum_state: MomentumState = "linear8",
         block_size: int = DEFAULT_BLOCK_SIZE,
         rank_fraction: float | None = None,
-        polar: Polar = "polar_express",
-        polar_steps: int = 5,
+        polar: Polar = "doubling",
+        polar_steps: int | None = None,
         polar_form: PolarForm = "auto",
         polar_dtype: torch.dtype | None = None,
         wire: Wire = "bf16",

@@ -14,7 +14,7 @@ RowWiseState = Literal["fp32", "bf16", "linear8", "dynamic8", "int4", "nf4"]
 LowRankState = Literal["grasp4", "lowrank4"]
 MomentumState = Literal[RowWiseState, LowRankState]
 AdamWState = Literal["fp32", "dynamic8"]
-Polar = Literal["jordan", "polar_express", "cans", "jiacheng"]
+Polar = Literal["doubling", "polar_express", "jordan", "cans", "jiacheng"]
 PolarForm = Literal["auto", "standard", "gram"]
 UpdateScale = Literal["match_rms_adamw", "spectral", "none"]
 Wire = Literal["fp32", "bf16", "int8", "nf4"]
@@ -36,8 +36,8 @@ class Options:
     momentum_state: MomentumState = "linear8"
     block_size: int = DEFAULT_BLOCK_SIZE
     rank_fraction: float | None = None
-    polar: Polar = "polar_express"
-    polar_steps: int = 5
+    polar: Polar = "doubling"
+    polar_steps: int | None = None
     polar_form: PolarForm = "auto"
     polar_dtype: torch.dtype | None = None
     wire: Wire = "bf16"
@@ -57,6 +57,18 @@ class Options:
                 raise ValueError(f"{name}={value!r}: it must be a positive integer")
             elif hints[name] is bool and not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: it must be True or False")
+        if self.polar_steps is not None and (not isinstance(self.polar_steps, int) or self.polar_steps < 1):
+            raise ValueError(f"polar_steps={self.polar_steps!r}: it must be a positive integer, or None")
+        if self.polar == "doubling" and self.polar_form != "auto":
+            raise ValueError(
+                f"polar_form={self.polar_form!r}: 'doubling' has one form; leave it out, or choose "
+                f"polar='polar_express'"
+            )
+        if self.polar == "doubling" and self.polar_dtype is torch.bfloat16:
+            raise ValueError(
+                "polar_dtype=torch.bfloat16: 'doubling' needs the digits of torch.float16; choose that, or "
+                "polar='polar_express'"
+            )
         if self.rank_fraction is not None and not 0 < self.rank_fraction <= 1:
             raise ValueError(f"rank_fraction={self.rank_fraction!r}: it must be above 0 and at most 1, or None")
         if self.polar_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):

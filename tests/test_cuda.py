@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from muon_dist import DistMuon
 from muon_dist.checkpoint import async_save, load_state, save_state
 from muon_dist.memory import measured_state_bytes
-from muon_dist.options import PolarForm
+from muon_dist.options import Polar, PolarForm
 from muon_dist.polar import polar_factor, schedule
 from muon_dist.sharding import local
 
@@ -124,13 +124,16 @@ def test_nccl_ranks_equal_the_single_process(ranks: int, state: str, wire: str, 
             assert error < 5e-3, (rank, name, error)
 
 
-@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize(
+    ("table", "form"), [("doubling", "auto"), ("polar_express", "standard"), ("polar_express", "gram")]
+)
 @pytest.mark.parametrize("shape", [(4, 2048, 2048), (2, 2048, 5504), (2, 5504, 2048)])
-def test_large_polar_factors_are_those_of_fp32(form: PolarForm, shape: tuple[int, ...]) -> None:
+def test_large_polar_factors_are_those_of_fp32(table: Polar, form: PolarForm, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     matrices = torch.randn(shape, device="cuda")
-    exact = polar_factor(matrices, schedule("polar_express", 5), form="standard", dtype=torch.float32)
-    found = polar_factor(matrices, schedule("polar_express", 5), form=form)
+    steps = schedule(table)
+    exact = polar_factor(matrices, steps, form="auto" if table == "doubling" else "standard", dtype=torch.float32)
+    found = polar_factor(matrices, steps, form=form)
     assert found.dtype == torch.float16
     assert float((found.float() - exact).norm() / exact.norm()) < 0.02
 
@@ -138,7 +141,7 @@ def test_large_polar_factors_are_those_of_fp32(form: PolarForm, shape: tuple[int
 def test_a_matrix_cut_out_of_another_has_its_own_polar_factor() -> None:
     torch.manual_seed(0)
     cut = torch.randn(2, 300, 500, device="cuda")[:, 10:266, 20:420]
-    steps = schedule("polar_express", 5)
+    steps = schedule("doubling")
     assert torch.equal(polar_factor(cut, steps), polar_factor(cut.contiguous(), steps))
 
 

@@ -29,6 +29,8 @@ def matrix() -> nn.Parameter:
         ({"polar": "newton"}, r"polar='newton'.*'jordan'"),
         ({"polar_steps": 0}, r"polar_steps=0.*positive"),
         ({"polar": "cans", "polar_steps": 9}, r"polar_steps=9.*'cans' has 5"),
+        ({"polar_form": "gram"}, r"polar_form='gram'.*'doubling' has one form"),
+        ({"polar_dtype": torch.bfloat16}, r"polar_dtype=torch.bfloat16.*torch.float16"),
         ({"polar_form": "fast"}, r"polar_form='fast'.*'gram'"),
         ({"polar_dtype": torch.int8}, r"polar_dtype=torch.int8"),
         ({"block_size": 0}, r"block_size=0.*positive"),

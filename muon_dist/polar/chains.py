@@ -1,4 +1,4 @@
-"""Chains of symmetric products: what a few Newton-Schulz iterations do to the Gram matrices of a batch.
+"""Chains of symmetric products: what a few Newton-Schulz steps do to the Gram matrices of a batch.
 
 With R = X X^T, an iteration multiplies X by P = a I + b R + c R^2, which makes R into P R P. The P of several
 iterations are collected in Q: the iterations together multiply X by Q. P, Q and R are polynomials of the same symmetric
@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from muon_dist.kernels import Chain, Product
-from muon_dist.polar.coefficients import Triple
+from muon_dist.polar.coefficients import Doubling, Triple
 
 
 @lru_cache
@@ -28,6 +28,18 @@ def iterations(coefficients: tuple[Triple, ...]) -> Chain:
         products.append(Product(q, p, collected))
         q = collected
     return Chain(tuple(products), 1 + max(product.out for product in products), q)
+
+
+@lru_cache
+def doubling(step: Doubling) -> Chain:
+    """The chain that makes Q from X, for a polynomial whose products are squares."""
+    r = last = 0
+    products = [Product(None, None, r)]
+    for a, b, c in step.products:
+        out = _free(last, r) if step.adds_gram else _free(last)
+        products.append(Product(last, last, out, add=r if step.adds_gram else last, alpha=c, beta=b, diagonal=a))
+        last = out
+    return Chain(tuple(products), 1 + max(product.out for product in products), last)
 
 
 def _polynomial(r: int, p: int, triple: Triple) -> Product:

@@ -1,16 +1,17 @@
-"""The polar factor by Newton-Schulz: batched, in the standard and in the Gram form.
+"""The polar factor by Newton-Schulz: batched, and with most of the work on Gram matrices.
 
-For M = U S V^T the polar factor is U V^T: M with all its singular values set to one. Both forms apply the same odd
-polynomials to the singular values; they differ in how many iterations they do on the Gram matrix alone before they
-multiply the matrix itself (see ``chains.py``). With s <= l the sides of the matrix:
+For M = U S V^T the polar factor is U V^T: M with all its singular values set to one. Odd polynomials are applied to the
+singular values, some of them on the Gram matrix alone before the matrix itself is multiplied (see ``chains.py``). With
+s <= l the sides of the matrix, and symmetric products of which half is computed:
 
-- standard form: one. 3 s^2 l + s^3 FLOPs an iteration.
-- Gram form: two, and then three at a time. Cheaper from about l = 2 s on. Source: Gram Newton-Schulz,
-  https://github.com/Dao-AILab/gram-newton-schulz.
+- doubling: two polynomials of degree 65, each a segment of its own. 6 s^2 l + 10 s^3 FLOPs.
+- five iterations of degree 5 in the standard form, a segment each: 15 s^2 l + 5 s^3.
+- the same in the Gram form, two iterations and then three at a time: 6 s^2 l + 14 s^3, fewer from about l = 2 s on.
+  Source: Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz.
 
-The Gram form loses the small singular values to cancellation, since squaring them in the Gram matrix halves their
-digits. Forming the Gram matrix anew after the second iteration, when they have grown by about 30, brings them back;
-and fp16, with three bits more of mantissa than bf16 and all values at most about 1, is its type of choice.
+A long segment loses the small singular values to cancellation, since squaring them in the Gram matrix halves their
+digits. Forming the Gram matrix anew, when they have grown by about 40, brings them back; and fp16, with three bits more
+of mantissa than bf16 and all values at most about 1, is its type of choice.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from muon_dist.kernels import Chain
 from muon_dist.options import PolarForm
-from muon_dist.polar.chains import iterations
-from muon_dist.polar.coefficients import Schedule, Triple
+from muon_dist.polar.chains import doubling, iterations
+from muon_dist.polar.coefficients import Doubling, Schedule
 from muon_dist.polar.products import multiply_chain, normalised, times_symmetric
 
 # From this ratio of the sides on, the Gram form needs fewer FLOPs.
 GRAM_FROM_ASPECT = 2.0
-# The Gram matrix is formed anew after the first two iterations, and then after every third. What rounding makes of
-# singular values that are zero are small eigenvalues of either sign, and each iteration multiplies them by up to 16: in
-# fp16, three leave them below one.
+# There the Gram matrix is formed anew after the first two iterations, and then after every third. What rounding makes
+# of singular values that are zero are small eigenvalues of either sign, and each iteration multiplies them by up to 16:
+# in fp16, three leave them below one.
 FIRST_SEGMENT, LATER_SEGMENTS = 2, 3
 
 
@@ -44,8 +46,8 @@ def polar_factor(
 
     Args:
         matrices: ``[..., rows, cols]``, floating point. Zero matrices give zero. Not modified, but where ``out`` lies.
-        schedule: iterations to run, see :func:`muon_dist.polar.coefficients.schedule`.
-        form: "standard", "gram", or "auto": whichever needs fewer FLOPs for this shape.
+        schedule: steps to take, see :func:`muon_dist.polar.coefficients.schedule`.
+        form: of iterations of degree 5: "standard", "gram", or "auto": whichever needs fewer FLOPs for this shape.
         dtype: arithmetic of the iteration; by default fp16 on accelerators and fp32 on CPU, where half-precision
             products are about a hundred times slower.
         bound: on the norms of all matrices, where one is known; otherwise each is divided by its Frobenius norm.
@@ -75,7 +77,7 @@ def polar_factor(
     if rows > cols:
         current, other = current.mT, other.mT  # [n, s, l] with s <= l from here on; the memory stays as it is
     for segment in segments:
-        q = multiply_chain(current, iterations(segment))
+        q = multiply_chain(current, segment)
         current, other = times_symmetric(q, current, out=other), current
         del q  # with its memory, before the next chain takes as much
     return out
@@ -90,19 +92,22 @@ def workspace_elements(rows: int, cols: int, schedule: Schedule, form: PolarForm
     than four times as long as wide.)
     """
     short, long = sorted((rows, cols))
-    squares = max(iterations(segment).slots for segment in _segments(rows, cols, schedule, form))
+    squares = max(segment.slots for segment in _segments(rows, cols, schedule, form))
     return short * (long + squares * short)
 
 
-def _segments(rows: int, cols: int, schedule: Schedule, form: PolarForm) -> list[tuple[Triple, ...]]:
-    """The iterations between products with the whole matrix."""
-    coefficients = schedule.coefficients
+def _segments(rows: int, cols: int, schedule: Schedule, form: PolarForm) -> list[Chain]:
+    """What is done between products with the whole matrix."""
+    triples = tuple(step for step in schedule.steps if not isinstance(step, Doubling))
+    if not triples:
+        return [doubling(step) for step in schedule.steps if isinstance(step, Doubling)]
     if form == "auto":
         form = "gram" if max(rows, cols) >= GRAM_FROM_ASPECT * min(rows, cols) else "standard"
     if form == "standard":
-        return [(triple,) for triple in coefficients]
-    later = range(FIRST_SEGMENT, len(coefficients), LATER_SEGMENTS)
-    return [coefficients[:FIRST_SEGMENT], *(coefficients[i : i + LATER_SEGMENTS] for i in later)]
+        return [iterations((triple,)) for triple in triples]
+    later = range(FIRST_SEGMENT, len(triples), LATER_SEGMENTS)
+    groups = [triples[:FIRST_SEGMENT], *(triples[i : i + LATER_SEGMENTS] for i in later)]
+    return [iterations(group) for group in groups]
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

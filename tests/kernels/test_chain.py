@@ -7,7 +7,8 @@ import torch
 
 from muon_dist import kernels
 from muon_dist.polar import schedule
-from muon_dist.polar.chains import iterations
+from muon_dist.polar.chains import doubling, iterations
+from muon_dist.polar.coefficients import Doubling
 from muon_dist.polar.products import multiply_chain
 
 if not (kernels.HAS_TRITON and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
@@ -15,7 +16,8 @@ if not (kernels.HAS_TRITON and torch.cuda.is_available() and torch.cuda.get_devi
 
 from muon_dist.kernels import chain as chain_kernels
 
-TRIPLES = schedule("polar_express", 3).coefficients
+ITERATIONS = iterations(tuple(step for step in schedule("polar_express", 3).steps if not isinstance(step, Doubling)))
+DOUBLINGS = [doubling(step) for step in schedule("doubling").steps if isinstance(step, Doubling)]
 
 
 @pytest.mark.parametrize(
@@ -30,12 +32,14 @@ TRIPLES = schedule("polar_express", 3).coefficients
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_tall", [False, True])
-def test_a_chain_equals_its_products(n: int, s: int, k: int, dtype: torch.dtype, is_tall: bool) -> None:
+@pytest.mark.parametrize("chain", [ITERATIONS, *DOUBLINGS])
+def test_a_chain_equals_its_products(
+    n: int, s: int, k: int, dtype: torch.dtype, is_tall: bool, chain: kernels.Chain
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(n, k, s, device="cuda").div_((s * k) ** 0.5).to(dtype)
     x = x.mT if is_tall else x.view(n, s, k)
     assert chain_kernels.fits(x)
-    chain = iterations(TRIPLES)
     squares = x.new_full((chain.slots, n, s, s), float("nan"))
     chain_kernels.multiply_chain(x, chain, squares)
     found, expected = squares[chain.result], multiply_chain(x.float(), chain)
@@ -46,7 +50,7 @@ def test_a_chain_equals_its_products(n: int, s: int, k: int, dtype: torch.dtype,
 def test_chains_of_two_streams_share_the_chip() -> None:
     """Each has as many programs as multiprocessors and waits for its own tiles: neither may starve the other."""
     torch.manual_seed(0)
-    chain = iterations(TRIPLES)
+    chain = ITERATIONS
     xs = [torch.randn(4, 1024, 2048, device="cuda").div_(1448).half() for _ in range(2)]
     expected = [multiply_chain(x, chain).clone() for x in xs]
     streams = [torch.cuda.Stream() for _ in xs]
