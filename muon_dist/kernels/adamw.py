@@ -179,9 +179,10 @@ def _adamw_many(
 ):
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
+    # Not under the condition: Triton has no types for names that are maps there and pointers elsewhere.
+    first_levels, second_levels = load_levels(first_levels, FIRST), load_levels(second_levels, SECOND)
+    first_borders, second_borders = load_borders(first_borders, FIRST), load_borders(second_borders, SECOND)
     if tl.program_id(0) * ROWS < rows:
-        first_levels, second_levels = load_levels(first_levels, FIRST), load_levels(second_levels, SECOND)
-        first_borders, second_borders = load_borders(first_borders, FIRST), load_borders(second_borders, SECOND)
         gradient = pointer_in(fields + 1, GRADIENT)
         weight = pointer_in(fields + 2, WEIGHT)
         first, first_scales = pointer_in(fields + 3, FIRST), pointer_in(fields + 4, "bf16")

@@ -208,8 +208,8 @@ def _apply(
 ):
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
+    levels = load_levels(levels, UPDATE)  # not under the condition: Triton has no type for a map there, a pointer else
     if tl.program_id(0) * ROWS < rows:
-        levels = load_levels(levels, UPDATE)
         weight = pointer_in(fields + 1, WEIGHT)
         elements = pointer_in(fields + 2, UPDATE)
         scales = pointer_in(fields + 3, "bf16")

@@ -43,7 +43,9 @@ def test_a_chain_equals_its_products(
     squares = x.new_full((chain.slots, n, s, s), float("nan"))
     chain_kernels.multiply_chain(x, chain, squares)
     found, expected = squares[chain.result], multiply_chain(x.float(), chain)
-    tolerance = (2e-3 if dtype == torch.float16 else 2e-2) * float(expected.norm())
+    # A square doubles relative errors: five of them make more of what is rounded than three iterations do.
+    rounding = 2e-3 if dtype == torch.float16 else 2e-2
+    tolerance = (rounding if chain is ITERATIONS else 4 * rounding) * float(expected.norm())
     assert float((found.float() - expected).norm()) < tolerance
 
 
