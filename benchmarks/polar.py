@@ -5,9 +5,9 @@ gram-newton-schulz package, if it is installed.
 
 Batches of random bf16 matrices. "torch" is the standard form of torch.optim.Muon's iteration, batched, with cuBLAS
 products and five Polar Express steps in fp16; "gram-ns" is gram-newton-schulz as it comes, with its CuTe kernels and
-the same five steps; "quintic" is muon_dist.polar.polar_factor with these steps, "ours" as the optimizer calls it. Times are
-medians, by CUDA events. TFLOP/s counts the FLOPs that ours needs, symmetric products by half. "of GEMM" is its share of
-what cuBLAS reaches on this GPU, in this run, for fp16 products of 8192 x 8192.
+the same five steps; "quintic" is muon_dist.polar.polar_factor with these steps, "ours" as the optimizer calls it.
+Times are medians, by CUDA events. TFLOP/s counts the FLOPs that ours needs, symmetric products by half. "of GEMM" is
+its share of what cuBLAS reaches on this GPU, in this run, for fp16 products of 8192 x 8192.
 
 Accuracy is that of one matrix U S V^T with known singular vectors, whose polar factor is U V^T. "cosine" is to that;
 "mixing" is the norm of what U^T O V has beside its diagonal, relative to the exact one's.

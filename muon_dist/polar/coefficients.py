@@ -116,7 +116,8 @@ def schedule(name: Polar, steps: int | None = None) -> Schedule:
         safe = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1])
         endless = safe + (_POLAR_EXPRESS[-1],) * max(1, (steps or 5) - len(safe))
         return Schedule(endless[: steps or 5], margin=_SAFETY)
-    table: tuple[Triple | Doubling, ...] = {"cans": _CANS, "jiacheng": _JIACHENG, "doubling": _DOUBLING}[name]
+    tables: dict[Polar, tuple[Triple | Doubling, ...]] = {"cans": _CANS, "jiacheng": _JIACHENG, "doubling": _DOUBLING}
+    table = tables[name]
     if steps is not None and steps > len(table):
         raise ValueError(f"polar_steps={steps}: the table {name!r} has {len(table)} steps; use fewer or polar_express")
     return Schedule(table[:steps], margin=_SAFETY if name == "doubling" else 1.0)
