@@ -21,8 +21,7 @@ from muon_dist.grouping import assign
 from muon_dist.layout import Geometry, wanted_by
 from muon_dist.options import DEFAULT_CHUNK_BYTES, MomentumState, Options, Wire
 from muon_dist.places import Placed, row_shards
-from muon_dist.plan import Chunk
-from muon_dist.polar.newton_schulz import GRAM_FROM_ASPECT
+from muon_dist.plan import Chunk, polar_flops
 from muon_dist.wire import WireFormat, wire_format
 
 _BF16 = 2  # bytes of a parameter's element, and of its gradient's
@@ -37,9 +36,8 @@ _RECODE_BYTES = 70
 class Machine:
     """FLOPs, bytes and seconds of one GPU and its links."""
 
-    polar_rate: float = 620e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
-    standard_overhead: float = 0.3e-3  # of a batch: what it takes beside its FLOPs
-    gram_overhead: float = 0.5e-3
+    polar_rate: float = 610e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
+    polar_overhead: float = 0.2e-3  # of a batch: what it takes beside its FLOPs
     memory_rate: float = 4.1e12  # bytes read and written by element-wise kernels
     # Host time of a piece, in Python on one CPU core: measured where the kernels take many pieces a launch.
     accumulate_host: float = 16e-6
@@ -126,9 +124,7 @@ def predict(job: Job, machine: Machine) -> Prediction:
 
 def batch_seconds(short: int, long: int, count: int, machine: Machine) -> float:
     """Of the polar factors of ``count`` matrices."""
-    if long >= GRAM_FROM_ASPECT * short:
-        return count * (6 * short**2 * long + 14 * short**3) / machine.polar_rate + machine.gram_overhead
-    return count * 5 * (3 * short**2 * long + short**3) / machine.polar_rate + machine.standard_overhead
+    return count * polar_flops(short, long) / machine.polar_rate + machine.polar_overhead
 
 
 def _chunk_cost(chunk: Chunk, job: Job, momentum: float, wire: WireFormat, machine: Machine) -> ChunkCost:

@@ -25,6 +25,7 @@ OPTIONS: dict[str, Any] = {
     "adamw_lr": 1e-3,
     "momentum_state": "fp32",
     "wire": "fp32",
+    "polar": "polar_express",
     "polar_dtype": "float32",
 }
 MOMENTUM_OFFLOADED = {"type": "DistMuon", "params": {**OPTIONS, "offload_momentum": True}}
