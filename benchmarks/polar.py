@@ -28,7 +28,6 @@ from triton.testing import do_bench
 
 from muon_dist.plan import polar_flops
 from muon_dist.polar import polar_factor, schedule
-from muon_dist.polar.coefficients import Doubling
 
 BATCHES = [
     (16, 1024, 1024),
@@ -49,9 +48,7 @@ def torch_standard(matrices: Tensor) -> Tensor:
     """a X + (b A + c A^2) X with A = X X^T, as torch.optim.Muon iterates, for a batch in fp16."""
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     x = (matrices / (norm * QUINTIC.margin)).half()
-    for step in QUINTIC.steps:
-        assert not isinstance(step, Doubling)
-        a, b, c = step
+    for a, b, c in QUINTIC.iterations:
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x

@@ -51,14 +51,14 @@ class Options:
         hints = get_type_hints(type(self))
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
+            if value is None and type(None) in get_args(hints[name]):
+                continue
             if get_origin(hints[name]) is Literal:
                 require_one_of(name, value, get_args(hints[name]))
-            elif hints[name] is int and (not isinstance(value, int) or value < 1):
+            elif hints[name] in (int, int | None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: it must be a positive integer")
             elif hints[name] is bool and not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: it must be True or False")
-        if self.polar_steps is not None and (not isinstance(self.polar_steps, int) or self.polar_steps < 1):
-            raise ValueError(f"polar_steps={self.polar_steps!r}: it must be a positive integer, or None")
         if self.polar == "doubling" and self.polar_form != "auto":
             raise ValueError(
                 f"polar_form={self.polar_form!r}: 'doubling' has one form; leave it out, or choose "

@@ -115,8 +115,8 @@ def test_the_input_is_left_alone() -> None:
 
 
 def test_steps_beyond_a_table_are_refused_where_it_ends() -> None:
-    assert len(schedule("polar_express", 12).steps) == 12
-    assert len(schedule("jordan", 12).steps) == 12
+    assert len(schedule("polar_express", 12).iterations) == 12
+    assert len(schedule("jordan", 12).iterations) == 12
     with pytest.raises(ValueError, match=r"polar_steps=6.*'cans' has 5"):
         schedule("cans", 6)
     with pytest.raises(ValueError, match=r"polar_steps=3.*'doubling' has 2"):

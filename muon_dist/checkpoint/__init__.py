@@ -6,7 +6,7 @@
     print(load_state(optimizer, "checkpoints/step-1000"))
 
 ``async_save`` writes in the background.
-Under DeepSpeed give the engine to the functions of the same names in its integration.
+Where an engine owns the update, its integration has functions of the same names, which take the engine.
 """
 
 from muon_dist.checkpoint.load import LoadReport, load_state

@@ -208,7 +208,7 @@ def _apply(
 ):
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
-    levels = load_levels(levels, UPDATE)  # not under the condition: Triton has no type for a map there, a pointer else
+    levels = load_levels(levels, UPDATE)  # not under the condition, as in adamw.py
     if tl.program_id(0) * ROWS < rows:
         weight = pointer_in(fields + 1, WEIGHT)
         elements = pointer_in(fields + 2, UPDATE)

@@ -79,11 +79,8 @@ def _accumulate(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    levels, packed_borders, borders = (
-        load_levels(levels, MOMENTUM),
-        load_borders(borders, PACKED),
-        load_borders(borders, MOMENTUM),
-    )
+    levels = load_levels(levels, MOMENTUM)
+    packed_borders, borders = load_borders(borders, PACKED), load_borders(borders, MOMENTUM)
     there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
     m = load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, MOMENTUM)

@@ -31,9 +31,10 @@ class Doubling(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps to take, and by how much more than its Frobenius norm the input is divided first."""
+    """Polynomials of one kind, and by how much more than its Frobenius norm the input is divided first."""
 
-    steps: tuple[Triple | Doubling, ...]
+    iterations: tuple[Triple, ...] = ()
+    doublings: tuple[Doubling, ...] = ()
     margin: float = 1.0
 
 
@@ -116,8 +117,11 @@ def schedule(name: Polar, steps: int | None = None) -> Schedule:
         safe = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:-1])
         endless = safe + (_POLAR_EXPRESS[-1],) * max(1, (steps or 5) - len(safe))
         return Schedule(endless[: steps or 5], margin=_SAFETY)
-    tables: dict[Polar, tuple[Triple | Doubling, ...]] = {"cans": _CANS, "jiacheng": _JIACHENG, "doubling": _DOUBLING}
-    table = tables[name]
-    if steps is not None and steps > len(table):
-        raise ValueError(f"polar_steps={steps}: the table {name!r} has {len(table)} steps; use fewer or polar_express")
-    return Schedule(table[:steps], margin=_SAFETY if name == "doubling" else 1.0)
+    if name == "doubling":
+        found = Schedule(doublings=_DOUBLING[:steps], margin=_SAFETY)
+    else:
+        found = Schedule((_CANS if name == "cans" else _JIACHENG)[:steps])
+    there = len(found.iterations) + len(found.doublings)
+    if steps is not None and steps > there:
+        raise ValueError(f"polar_steps={steps}: the table {name!r} has {there} steps; use fewer or polar_express")
+    return found

@@ -22,7 +22,7 @@ from torch import Tensor
 from muon_dist.kernels import Chain
 from muon_dist.options import PolarForm
 from muon_dist.polar.chains import doubling, iterations
-from muon_dist.polar.coefficients import Doubling, Schedule
+from muon_dist.polar.coefficients import Schedule
 from muon_dist.polar.products import multiply_chain, normalised, times_symmetric
 
 # From this ratio of the sides on, the Gram form needs fewer FLOPs.
@@ -98,9 +98,9 @@ def workspace_elements(rows: int, cols: int, schedule: Schedule, form: PolarForm
 
 def _segments(rows: int, cols: int, schedule: Schedule, form: PolarForm) -> list[Chain]:
     """What is done between products with the whole matrix."""
-    triples = tuple(step for step in schedule.steps if not isinstance(step, Doubling))
-    if not triples:
-        return [doubling(step) for step in schedule.steps if isinstance(step, Doubling)]
+    if schedule.doublings:
+        return [doubling(step) for step in schedule.doublings]
+    triples = schedule.iterations
     if form == "auto":
         form = "gram" if max(rows, cols) >= GRAM_FROM_ASPECT * min(rows, cols) else "standard"
     if form == "standard":

@@ -8,7 +8,6 @@ import torch
 from muon_dist import kernels
 from muon_dist.polar import schedule
 from muon_dist.polar.chains import doubling, iterations
-from muon_dist.polar.coefficients import Doubling
 from muon_dist.polar.products import multiply_chain
 
 if not (kernels.HAS_TRITON and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
@@ -16,8 +15,8 @@ if not (kernels.HAS_TRITON and torch.cuda.is_available() and torch.cuda.get_devi
 
 from muon_dist.kernels import chain as chain_kernels
 
-ITERATIONS = iterations(tuple(step for step in schedule("polar_express", 3).steps if not isinstance(step, Doubling)))
-DOUBLINGS = [doubling(step) for step in schedule("doubling").steps if isinstance(step, Doubling)]
+ITERATIONS = iterations(schedule("polar_express", 3).iterations)
+DOUBLINGS = [doubling(step) for step in schedule("doubling").doublings]
 
 
 @pytest.mark.parametrize(
