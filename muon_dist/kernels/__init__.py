@@ -94,25 +94,33 @@ def fit(shape: Sequence[int], *values: Encoded) -> bool:
 
 
 class Product(NamedTuple):
-    """alpha A B^T + beta D + diagonal I.
+    """alpha A B^T + beta D + gamma E + diagonal I.
 
     Attributes:
         a, b: slots of the factors; None for X, which is then both.
-        add: slot of D; None for none.
         out: slot of the result, which is none of the others.
+        add, also: slots of D and E; None for none.
+        b_rest: slot of what rounding took off B, which is then multiplied too.
+        rest: slot for what rounding takes off the result, where that is to be kept. Such a product adds nothing.
+        is_symmetric: whether the result is, so that half of it need not be computed.
     """
 
     a: int | None
     b: int | None
     out: int
     add: int | None = None
+    also: int | None = None
     alpha: float = 1.0
     beta: float = 0.0
+    gamma: float = 0.0
     diagonal: float = 0.0
+    b_rest: int | None = None
+    rest: int | None = None
+    is_symmetric: bool = True
 
 
 class Chain(NamedTuple):
-    """Products to be made in order.
+    """Products to be made in order, of square matrices that are laid out in memory as X is: as rows, or as columns.
 
     Attributes:
         slots: square matrices to keep at a time.

@@ -33,12 +33,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from muon_dist.kernels import Chain
-from muon_dist.kernels.chain_tiles import DEPTH, LAYOUT, STAGES, TILE, new_barriers
+from muon_dist.kernels.chain_tiles import DEPTH, LAYOUT, ROW, STAGES, TILE, new_barriers
 from muon_dist.kernels.chain_warps import loader, multiplier, storer
 from muon_dist.kernels.compiled import Compiled
 
 # Smaller ones were not measured.
 SMALLEST_SIDE = 512
+# Tiles of a matrix, more than there are.
+_ENDLESS = 2**20
 
 
 def fits(x: Tensor) -> bool:
@@ -68,16 +70,15 @@ def multiply_chain(x: Tensor, chain: Chain, squares: Tensor) -> None:
     transposed = x.stride(2) != 1
     operand = [DEPTH.value, TILE.value] if transposed else [TILE.value, DEPTH.value]
     rows = squares.view(-1, s)
-    table, scales = _table(chain, x.device)
+    table, scales, tiles = _table(chain, s // TILE.value, transposed, x.device)
     # The queue's next tile, and for each product of each matrix how many parts of it have arrived in memory.
     counts = torch.zeros(1 + len(chain.products) * n, dtype=torch.int32, device=x.device)
-    tiles = sum(row // 2 + 1 for row in range(s // TILE.value))
-    total = len(chain.products) * n * tiles
+    total = n * tiles
     arguments = (
         TensorDescriptor.from_tensor((x.mT if transposed else x).flatten(0, 1), operand, LAYOUT.value),
         TensorDescriptor.from_tensor(rows, [64, 128], LAYOUT.value),
         TensorDescriptor.from_tensor(rows, [128, 64], LAYOUT.value),
-        *(table, scales, counts, s, k, n, tiles, total, transposed),
+        *(squares, table, scales, counts, s, k, n, total, transposed),
     )
     key = (n, s, k, total, transposed, x.dtype, x.device)
     # 168 registers a thread on average, of which multipliers take 232.
@@ -85,15 +86,29 @@ def multiply_chain(x: Tensor, chain: Chain, squares: Tensor) -> None:
 
 
 @lru_cache
-def _table(chain: Chain, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each product: whether its factors are x, slots of A, B, D and of the result; alpha, beta, diagonal."""
-    slots = [[p.a is None, p.a or 0, p.b or 0, -1 if p.add is None else p.add, p.out, 0, 0, 0] for p in chain.products]
-    scales = [[p.alpha, p.beta, p.diagonal, 0.0] for p in chain.products]
-    return torch.tensor(slots, dtype=torch.int32).to(device), torch.tensor(scales, dtype=torch.float32).to(device)
+def _table(chain: Chain, rows: int, transposed: bool, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """The products as chain_tiles.py has them; alpha, beta, gamma and diagonal of each; and the tiles of all for a
+    matrix of as many ``rows`` of tiles."""
+    columns = (rows + 1) // 2
+    half, all_tiles = sum(row // 2 + 1 for row in range(rows)), rows * columns
+    table, scales, total = [], [], 0
+    for p in chain.products:
+        terms = [(p.a, p.b)] if p.b_rest is None else [(p.a, p.b), (p.a, p.b_rest)]
+        if transposed and not p.is_symmetric:  # the transpose of A B^T is to be stored
+            terms = [term[::-1] for term in terms]
+        factors = [0 if slot is None else slot for slot in sum((terms * 2)[:2], ())]
+        slots = [-1 if slot is None else slot for slot in (p.add, p.also, p.out, p.rest)]
+        tiles = half if p.is_symmetric else all_tiles
+        table.append([p.a is None, len(terms), *factors, *slots, p.is_symmetric, tiles])
+        scales.append([p.alpha, p.beta, p.gamma, p.diagonal])
+        total += tiles
+    table.append([0] * (ROW.value - 1) + [_ENDLESS])
+    numbers = torch.tensor(table, dtype=torch.int32).to(device)
+    return numbers, torch.tensor(scales, dtype=torch.float32).to(device), total
 
 
 @gluon.jit
-def _chain(x, wide, tall, table, scales, counts, s, k, n, tiles, total, TRANSPOSED: gl.constexpr):
+def _chain(x, wide, tall, squares, table, scales, counts, s, k, n, total, TRANSPOSED: gl.constexpr):
     """``wide`` and ``tall`` are the same matrices, the squares, in blocks of [64, 128] and [128, 64]."""
     dtype: gl.constexpr = wide.dtype
     if TRANSPOSED:
@@ -113,11 +128,11 @@ def _chain(x, wide, tall, table, scales, counts, s, k, n, tiles, total, TRANSPOS
     taken = new_barriers(4, 4)
     barriers = (full, empty, added, handed, free, drawn, taken)
     buffers = (a, b, results, tickets)
-    geometry = (s, k, n, tiles, total)
+    geometry = (s, k, n, total)
     gl.warp_specialize(
         [
-            (multiplier, (table, scales, barriers, buffers, geometry, 0, TRANSPOSED)),
-            (multiplier, (table, scales, barriers, buffers, geometry, 1, TRANSPOSED)),
+            (multiplier, (squares, table, scales, barriers, buffers, geometry, 0, TRANSPOSED)),
+            (multiplier, (squares, table, scales, barriers, buffers, geometry, 1, TRANSPOSED)),
             (loader, (x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED)),
             (storer, (wide, tall, table, counts, barriers, buffers, geometry, 0, TRANSPOSED)),
             (storer, (wide, tall, table, counts, barriers, buffers, geometry, 1, TRANSPOSED)),

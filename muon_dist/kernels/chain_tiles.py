@@ -21,32 +21,61 @@ store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _IS_NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
-@gluon.jit
-def tile_of(t, tiles, n, s):
-    """Product, matrix, row and column of the t-th tile, whether it is whole, and whether it crosses the diagonal.
+# What stands where in a row of the table of products: slots, of which -1 is none; the factors of one or two terms.
+FROM_X, TERMS, FACTORS, ADDED, ALSO, OUT, REST, SYMMETRIC, TILES, ROW = map(
+    gl.constexpr, (0, 1, 2, 6, 7, 8, 9, 10, 11, 12)
+)
 
-    Row 2 g and row 2 g + 1 of tiles have g + 1 each, the last of which crosses the diagonal; in row 2 g only the left
-    half of that one is on or below it, and that half is all that is computed. _GROUP such pairs of rows are worked on
-    column by column.
+
+@gluon.jit
+def product_of(t, product, first, table, n):
+    """The product that the t-th tile is of, and the first tile of that product; from those of an earlier tile. One that
+    has no end follows the last product."""
+    behind = first + n * gl.load(table + product * ROW + TILES)
+    while t >= behind:
+        product += 1
+        first = behind
+        behind += n * gl.load(table + product * ROW + TILES)
+    return product, first
+
+
+@gluon.jit
+def tile_of(tile, row, s):
+    """Matrix, row and column of a product's tile, whether it is whole, and whether it crosses the diagonal; ``row`` is
+    that of the table.
+
+    Row 2 g and row 2 g + 1 of a symmetric product's tiles have g + 1 each, the last of which crosses the diagonal; in
+    row 2 g only the left half of that one is on or below it, and that half is all that is computed. Others have all
+    tiles, of which none has a mirror image to be stored, as if all crossed the diagonal; the last in a row may have no
+    right half. _GROUP pairs of rows are worked on column by column.
     """
-    product = t // (n * tiles)
-    rest = t - product * (n * tiles)
-    m = rest // tiles
-    tile = rest - m * tiles
-    first = _root(tile) // _GROUP * _GROUP  # pair of the group
-    tile -= first * (first + 1)
-    rows = gl.minimum(2 * _GROUP, s // TILE - 2 * first)
-    is_left = tile < rows * first  # of the blocks that cross the diagonal in these rows
-    beyond = gl.maximum(tile - rows * first, 0)
-    pair = _root(beyond)
-    within = beyond - pair * (pair + 1)
-    odd = within // (pair + 1)
-    column = within - odd * (pair + 1)
-    i = 2 * first + gl.where(is_left, tile % rows, 2 * pair + odd)
-    j = gl.where(is_left, tile // rows, first + column)
-    crosses = (is_left == 0) & (column == pair)
-    whole = (crosses == 0) | (odd == 1)
-    return product, m, i, j, whole, crosses
+    tiles = gl.load(row + TILES)
+    m = tile // tiles
+    tile -= m * tiles
+    columns = (s // TILE + 1) // 2
+    if gl.load(row + SYMMETRIC) != 0:
+        first = _root(tile) // _GROUP * _GROUP  # pair of the group
+        tile -= first * (first + 1)
+        rows = gl.minimum(2 * _GROUP, s // TILE - 2 * first)
+        is_left = tile < rows * first  # of the blocks that cross the diagonal in these rows
+        beyond = gl.maximum(tile - rows * first, 0)
+        pair = _root(beyond)
+        within = beyond - pair * (pair + 1)
+        odd = within // (pair + 1)
+        column = within - odd * (pair + 1)
+        i = 2 * first + gl.where(is_left, tile % rows, 2 * pair + odd)
+        j = gl.where(is_left, tile // rows, first + column)
+        crosses = (is_left == 0) & (column == pair)
+        whole = (crosses == 0) | (odd == 1)
+    else:
+        first = tile // (2 * _GROUP * columns) * (2 * _GROUP)
+        tile -= first * columns
+        rows = gl.minimum(2 * _GROUP, s // TILE - first)
+        i = first + tile % rows
+        j = tile // rows
+        crosses = first >= 0
+        whole = 2 * j + 1 < s // TILE
+    return m, i, j, whole, crosses
 
 
 @gluon.jit

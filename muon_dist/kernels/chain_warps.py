@@ -1,9 +1,9 @@
 """The jobs of the warps of a program of chain.py, which has the picture: loader, multiplier, storer.
 
-``it`` counts the stages of the ring that were used, and ``uses0`` and ``uses1`` how often results were handed over in
-the first and the second half of a multiplier's buffers: all jobs count alike, and know from it which phase of a barrier
-to wait for. Phases are counted from 0 and told apart by their parity; who waits for what has never been used waits for
-phase -1, which is over from the start.
+``it`` counts the stages of the ring that were used, ``uses0`` and ``uses1`` how often results were handed over in the
+first and the second half of a multiplier's buffers, and ``loans`` how often in a stage of the ring: all jobs count
+alike, and know from it which phase of a barrier to wait for. Phases are counted from 0 and told apart by their parity;
+who waits for what has never been used waits for phase -1, which is over from the start.
 """
 
 from __future__ import annotations
@@ -19,13 +19,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from muon_dist.kernels.chain_tiles import (
+    ADDED,
+    ALSO,
     DEPTH,
+    FACTORS,
     FENCE,
+    FROM_X,
+    OUT,
+    REST,
+    ROW,
     STAGES,
+    SYMMETRIC,
+    TERMS,
+    TILES,
     WAIT_FOR_STORES,
     assemble,
     draw,
     load,
+    product_of,
     store,
     take,
     tile_of,
@@ -41,38 +52,43 @@ _RESULT_BYTES = gl.constexpr(2 * 64 * 128)
 def loader(x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED: gl.constexpr):
     full, empty, added, handed, free, drawn, taken = barriers
     a, b, results, tickets = buffers
-    s, k, n, tiles, total = geometry
-    it = 0  # stages used
-    uses0 = 0  # of the first and second half of results
+    s, k, n, total = geometry
+    it = 0
+    uses0 = 0
     uses1 = 0
     turn = 0
+    product = 0
+    first = 0
     t = draw(counts, tickets, drawn, taken, 0)
-    may_start = t < n * tiles
+    may_start = t < n * gl.load(table + TILES)
     while t < total:
-        product, m, i, j, whole, crosses = tile_of(t, tiles, n, s)
-        row = table + product * 8
-        from_x = gl.load(row) != 0
-        slot_d = gl.load(row + 3)
+        product, first = product_of(t, product, first, table, n)
+        row = table + product * ROW
+        m, i, j, whole, crosses = tile_of(t - first, row, s)
+        from_x = gl.load(row + FROM_X) != 0
+        slot_d = gl.load(row + ADDED)
+        splits = gl.load(row + REST) >= 0
         depth = gl.where(from_x, k, s)
         height = depth if TRANSPOSED else s
-        a_top = gl.where(from_x, m, gl.load(row + 1) * n + m) * height
-        b_top = gl.where(from_x, m, gl.load(row + 2) * n + m) * height
         while may_start == 0:
-            may_start = _has_arrived(counts, product - 1, m, tiles, n)
+            may_start = _has_arrived(counts, product - 1, m, table, n)
         assemble(FENCE)
-        for start in range(0, depth, DEPTH):
-            stage = it % STAGES
-            mbarrier.wait(empty.index(stage), it // STAGES + 1 & 1)
-            mbarrier.expect(full.index(stage), 3 * _OPERAND_BYTES, pred=whole)
-            mbarrier.expect(full.index(stage), 2 * _OPERAND_BYTES, pred=whole == 0)
-            place = (i, j, start, whole, full.index(stage), a.index(stage), b.index(stage))
-            if from_x:
-                _load_operands(x, a_top, b_top, place, TRANSPOSED)
-            elif TRANSPOSED:
-                _load_operands(wide, a_top, b_top, place, TRANSPOSED)
-            else:
-                _load_operands(tall, a_top, b_top, place, TRANSPOSED)
-            it += 1
+        for term in range(gl.load(row + TERMS)):
+            a_top = gl.where(from_x, m, gl.load(row + FACTORS + 2 * term) * n + m) * height
+            b_top = gl.where(from_x, m, gl.load(row + FACTORS + 2 * term + 1) * n + m) * height
+            for start in range(0, depth, DEPTH):
+                stage = it % STAGES
+                mbarrier.wait(empty.index(stage), it // STAGES + 1 & 1)
+                mbarrier.expect(full.index(stage), 3 * _OPERAND_BYTES, pred=whole)
+                mbarrier.expect(full.index(stage), 2 * _OPERAND_BYTES, pred=whole == 0)
+                place = (i, j, start, whole, full.index(stage), a.index(stage), b.index(stage))
+                if from_x:
+                    _load_operands(x, a_top, b_top, place, TRANSPOSED)
+                elif TRANSPOSED:
+                    _load_operands(wide, a_top, b_top, place, TRANSPOSED)
+                else:
+                    _load_operands(tall, a_top, b_top, place, TRANSPOSED)
+                it += 1
         if slot_d >= 0:
             for w in gl.static_range(2):
                 mbarrier.wait(free.index(2 * w), uses0 + 1 & 1)
@@ -86,23 +102,31 @@ def loader(x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED
         # wait for a tile that is drawn.
         turn += 1
         t = draw(counts, tickets, drawn, taken, turn)
-        uses0 += gl.where(crosses, 1, 2)
-        if whole:
-            stage = it % STAGES
-            mbarrier.wait(empty.index(stage), it // STAGES + 1 & 1)
-            mbarrier.arrive(full.index(stage))
-            it += 1
-            uses1 += 1
-        product, m, _, _, _, _ = tile_of(t, tiles, n, s)
-        may_start = (product == 0) | (t >= total)
+        if splits:
+            uses0 += gl.where(whole, 4, 2)
+            uses1 += gl.where(whole, gl.where(crosses, 2, 4), 0)
+        else:
+            uses0 += gl.where(crosses, 1, 2)
+            uses1 += whole.to(gl.int32)
+            if whole & (gl.load(row + SYMMETRIC) != 0):
+                stage = it % STAGES
+                mbarrier.wait(empty.index(stage), it // STAGES + 1 & 1)
+                mbarrier.arrive(full.index(stage))
+                it += 1
+        may_start = t >= total
         if may_start == 0:
-            may_start = _has_arrived(counts, product - 1, m, tiles, n)
+            product, first = product_of(t, product, first, table, n)
+            m, _, _, _, _ = tile_of(t - first, table + product * ROW, s)
+            may_start = product == 0
+            if may_start == 0:
+                may_start = _has_arrived(counts, product - 1, m, table, n)
 
 
 @gluon.jit
-def _has_arrived(counts, product, m, tiles, n):
+def _has_arrived(counts, product, m, table, n):
     """Whether all of a matrix's product is in memory; both storers count their parts of each tile."""
-    return gl.atomic_add(counts + 1 + product * n + m, 0, sem="acquire", scope="gpu") >= 2 * tiles
+    parts = 2 * gl.load(table + product * ROW + TILES)
+    return gl.atomic_add(counts + 1 + product * n + m, 0, sem="acquire", scope="gpu") >= parts
 
 
 @gluon.jit
@@ -120,10 +144,10 @@ def _load_operands(source, a_top, b_top, place, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
-def multiplier(table, scales, barriers, buffers, geometry, w: gl.constexpr, TRANSPOSED: gl.constexpr):
+def multiplier(squares, table, scales, barriers, buffers, geometry, w: gl.constexpr, TRANSPOSED: gl.constexpr):
     full, empty, added, handed, free, drawn, taken = barriers
     a, b, results, tickets = buffers
-    s, k, n, tiles, total = geometry
+    s, k, n, total = geometry
     half0 = results.index(2 * w)
     half1 = results.index(2 * w + 1)
     it = 0
@@ -131,53 +155,78 @@ def multiplier(table, scales, barriers, buffers, geometry, w: gl.constexpr, TRAN
     uses1 = 0
     additions = 0
     turn = 0
+    product = 0
+    first_tile = 0
     t = take(tickets, drawn, taken, turn)
     while t < total:
-        product, m, i, j, whole, crosses = tile_of(t, tiles, n, s)
-        row = table + product * 8
-        adds = gl.load(row + 3) >= 0
+        product, first_tile = product_of(t, product, first_tile, table, n)
+        row = table + product * ROW
+        m, i, j, whole, crosses = tile_of(t - first_tile, row, s)
+        adds = gl.load(row + ADDED) >= 0
+        slot_e = gl.load(row + ALSO)
+        splits = gl.load(row + REST) >= 0
         alpha = gl.load(scales + product * 4)
         beta = gl.load(scales + product * 4 + 1)
-        diagonal = gl.load(scales + product * 4 + 2)
-        steps = gl.where(gl.load(row) != 0, k, s) // DEPTH
+        gamma = gl.load(scales + product * 4 + 2)
+        diagonal = gl.load(scales + product * 4 + 3)
+        steps = gl.load(row + TERMS) * gl.where(gl.load(row + FROM_X) != 0, k, s) // DEPTH
+        e = squares + ((slot_e * n + m).to(gl.int64) * s + i * 128 + 64 * w) * s + j * 256
         if whole:
             sums = _multiply(full, empty, a, b, it, steps, w, 256, TRANSPOSED)
-            d0 = _added(half0, added.index(w), additions, adds)
-            if adds == 0:
-                mbarrier.wait(free.index(2 * w), uses0 + 1 & 1)
-                mbarrier.wait(free.index(2 * w + 1), uses1 + 1 & 1)
+            e0 = _also_added(e, s, slot_e >= 0)
             it += steps
             sums = _finish(sums, empty, it)
             first, second = sums.reshape((64, 2, 128)).permute((0, 2, 1)).split()
-            first = alpha * gl.convert_layout(first, _HALF, assert_trivial=True) + beta * d0.to(gl.float32)
-            stored = first.to(results.dtype)
-            _hand_over(half0, stored, handed.index(3 * w))
-            mbarrier.wait(full.index(it % STAGES), it // STAGES & 1)
-            lent = _lent(a, b, it % STAGES, w, TRANSPOSED)
-            _hand_over(lent, stored.permute((1, 0)), handed.index(3 * w + 2))
-            second = alpha * gl.convert_layout(second, _HALF, assert_trivial=True)
-            if adds:
-                second += beta * half1.load(_HALF).to(gl.float32)
-            if crosses:
-                second = _with_diagonal(second, diagonal, w)
-            stored = second.to(results.dtype)
-            _hand_over(half1, stored, handed.index(3 * w + 1))
-            uses0 += 1
-            if crosses == 0:
-                mbarrier.wait(free.index(2 * w), uses0 + 1 & 1)
-                _hand_over(turned(half0), stored.permute((1, 0)), handed.index(3 * w))
+            first = alpha * gl.convert_layout(first, _HALF, assert_trivial=True)
+            second = gl.convert_layout(second, _HALF, assert_trivial=True)
+            if splits:
+                uses0, uses1 = _hand_over_split(first, True, half0, half1, handed, free, uses0, uses1, w)
+                second *= alpha
+                uses0, uses1 = _hand_over_split(second, crosses == 0, half0, half1, handed, free, uses0, uses1, w)
+            else:
+                first += gamma * e0.to(gl.float32)
+                if adds:
+                    mbarrier.wait(added.index(w), additions & 1)
+                    first += beta * half0.load(_HALF).to(gl.float32)
+                else:
+                    mbarrier.wait(free.index(2 * w), uses0 + 1 & 1)
+                    mbarrier.wait(free.index(2 * w + 1), uses1 + 1 & 1)
+                stored = first.to(results.dtype)
+                _hand_over(half0, stored, handed.index(3 * w))
+                if gl.load(row + SYMMETRIC) != 0:
+                    mbarrier.wait(full.index(it % STAGES), it // STAGES & 1)
+                    lent = _lent(a, b, it % STAGES, w, TRANSPOSED)
+                    _hand_over(lent, stored.permute((1, 0)), handed.index(3 * w + 2))
+                    it += 1
+                second = alpha * second + gamma * _also_added(e + 128, s, slot_e >= 0).to(gl.float32)
+                if adds:
+                    second += beta * half1.load(_HALF).to(gl.float32)
+                if crosses:
+                    second = _with_diagonal(second, diagonal, w)
+                stored = second.to(results.dtype)
+                _hand_over(half1, stored, handed.index(3 * w + 1))
                 uses0 += 1
-            it += 1
-            uses1 += 1
+                if crosses == 0:
+                    mbarrier.wait(free.index(2 * w), uses0 + 1 & 1)
+                    _hand_over(turned(half0), stored.permute((1, 0)), handed.index(3 * w))
+                    uses0 += 1
+                uses1 += 1
         else:
             left = _multiply(full, empty, a, b, it, steps, w, 128, TRANSPOSED)
-            d0 = _added(half0, added.index(w), additions, adds)
-            if adds == 0:
-                mbarrier.wait(free.index(2 * w), uses0 + 1 & 1)
+            e0 = _also_added(e, s, slot_e >= 0)
             it += steps
-            left = alpha * _finish(left, empty, it) + beta * d0.to(gl.float32)
-            _hand_over(half0, _with_diagonal(left, diagonal, w).to(results.dtype), handed.index(3 * w))
-            uses0 += 1
+            left = alpha * _finish(left, empty, it)
+            if splits:
+                uses0, uses1 = _hand_over_split(left, False, half0, half1, handed, free, uses0, uses1, w)
+            else:
+                left += gamma * e0.to(gl.float32)
+                if adds:
+                    mbarrier.wait(added.index(w), additions & 1)
+                    left += beta * half0.load(_HALF).to(gl.float32)
+                else:
+                    mbarrier.wait(free.index(2 * w), uses0 + 1 & 1)
+                _hand_over(half0, _with_diagonal(left, diagonal, w).to(results.dtype), handed.index(3 * w))
+                uses0 += 1
         additions += adds.to(gl.int32)
         turn += 1
         t = take(tickets, drawn, taken, turn)
@@ -211,14 +260,15 @@ def _finish(sums, empty, it):
 
 
 @gluon.jit
-def _added(half, added, additions, adds):
-    """D's first half, read while the last step is under way; zeros if there is none."""
+def _also_added(e, s, adds):
+    """E's half, straight from memory; zeros if there is none."""
     if adds:
-        mbarrier.wait(added, additions & 1)
-        d = half.load(_HALF)
+        rows = gl.arange(0, 64, gl.SliceLayout(1, _HALF))
+        columns = gl.arange(0, 128, gl.SliceLayout(0, _HALF))
+        values = gl.load(e + rows[:, None] * s + columns[None, :])
     else:
-        d = gl.zeros((64, 128), half.dtype, _HALF)
-    return d
+        values = gl.zeros((64, 128), e.dtype.element_ty, _HALF)
+    return values
 
 
 @gluon.jit
@@ -236,47 +286,95 @@ def _hand_over(buffer, values, handed):
 
 
 @gluon.jit
+def _hand_over_split(values, is_mirrored, half0, half1, handed, free, uses0, uses1, w: gl.constexpr):
+    """Values in half precision and then what that loses of them; as they are in the first half, mirrored in the
+    second."""
+    for _ in gl.static_range(2):
+        stored = values.to(half0.dtype)
+        values -= stored.to(gl.float32)
+        mbarrier.wait(free.index(2 * w), uses0 + 1 & 1)
+        _hand_over(half0, stored, handed.index(3 * w))
+        uses0 += 1
+        if is_mirrored:
+            mbarrier.wait(free.index(2 * w + 1), uses1 + 1 & 1)
+            _hand_over(turned(half1), stored.permute((1, 0)), handed.index(3 * w + 1))
+            uses1 += 1
+    return uses0, uses1
+
+
+@gluon.jit
 def storer(wide, tall, table, counts, barriers, buffers, geometry, w: gl.constexpr, TRANSPOSED: gl.constexpr):
     full, empty, added, handed, free, drawn, taken = barriers
     a, b, results, tickets = buffers
-    s, k, n, tiles, total = geometry
+    s, k, n, total = geometry
     half0 = results.index(2 * w)
+    half1 = results.index(2 * w + 1)
     it = 0
     uses0 = 0
     uses1 = 0
+    loans = 0
     turn = 0
+    product = 0
+    first = 0
     t = take(tickets, drawn, taken, turn)
     while t < total:
-        product, m, i, j, whole, crosses = tile_of(t, tiles, n, s)
-        row = table + product * 8
-        it += gl.where(gl.load(row) != 0, k, s) // DEPTH
-        top = (gl.load(row + 4) * n + m) * s
-        mbarrier.wait(handed.index(3 * w), uses0 & 1)
-        store(wide, [top + i * 128 + 64 * w, j * 256], half0)
-        uses0 += 1
-        if whole:
-            stage = it % STAGES
-            mbarrier.wait(handed.index(3 * w + 2), uses1 & 1)
-            store(tall, [top + j * 256, i * 128 + 64 * w], _lent(a, b, stage, w, TRANSPOSED))
-            mbarrier.wait(handed.index(3 * w + 1), uses1 & 1)
-            store(wide, [top + i * 128 + 64 * w, j * 256 + 128], results.index(2 * w + 1))
-            tma.store_wait(pendings=2)
-            mbarrier.arrive(free.index(2 * w))
-            tma.store_wait(pendings=1)
-            mbarrier.arrive(empty.index(stage))
-            if crosses == 0:
-                mbarrier.wait(handed.index(3 * w), uses0 & 1)
-                store(tall, [top + j * 256 + 128, i * 128 + 64 * w], turned(half0))
-                uses0 += 1
+        product, first = product_of(t, product, first, table, n)
+        row = table + product * ROW
+        m, i, j, whole, crosses = tile_of(t - first, row, s)
+        it += gl.load(row + TERMS) * gl.where(gl.load(row + FROM_X) != 0, k, s) // DEPTH
+        top = (gl.load(row + OUT) * n + m) * s
+        slot_rest = gl.load(row + REST)
+        across = i * 128 + 64 * w
+        if slot_rest >= 0:
+            for half in range(gl.where(whole, 2, 1)):
+                down = j * 256 + half * 128
+                is_mirrored = whole & ((half == 0) | (crosses == 0))
+                for is_rest in gl.static_range(2):
+                    place = (slot_rest * n + m) * s if is_rest else top
+                    mbarrier.wait(handed.index(3 * w), uses0 & 1)
+                    store(wide, [place + across, down], half0)
+                    uses0 += 1
+                    if is_mirrored:
+                        mbarrier.wait(handed.index(3 * w + 1), uses1 & 1)
+                        store(tall, [place + down, across], turned(half1))
+                        uses1 += 1
+                    tma.store_wait(pendings=0)
+                    mbarrier.arrive(free.index(2 * w))
+                    mbarrier.arrive(free.index(2 * w + 1), pred=is_mirrored)
+        else:
+            mbarrier.wait(handed.index(3 * w), uses0 & 1)
+            store(wide, [top + across, j * 256], half0)
+            uses0 += 1
+            if whole:
+                is_lent = gl.load(row + SYMMETRIC) != 0
+                stage = it % STAGES
+                if is_lent:
+                    mbarrier.wait(handed.index(3 * w + 2), loans & 1)
+                    store(tall, [top + j * 256, across], _lent(a, b, stage, w, TRANSPOSED))
+                mbarrier.wait(handed.index(3 * w + 1), uses1 & 1)
+                store(wide, [top + across, j * 256 + 128], half1)
+                uses1 += 1
+                if is_lent:
+                    tma.store_wait(pendings=2)
+                    mbarrier.arrive(free.index(2 * w))
+                    tma.store_wait(pendings=1)
+                    mbarrier.arrive(empty.index(stage))
+                    it += 1
+                    loans += 1
+                else:
+                    tma.store_wait(pendings=0)
+                    mbarrier.arrive(free.index(2 * w))
+                if crosses == 0:
+                    mbarrier.wait(handed.index(3 * w), uses0 & 1)
+                    store(tall, [top + j * 256 + 128, across], turned(half0))
+                    uses0 += 1
+                    tma.store_wait(pendings=0)
+                    mbarrier.arrive(free.index(2 * w))
+                tma.store_wait(pendings=0)
+                mbarrier.arrive(free.index(2 * w + 1))
+            else:
                 tma.store_wait(pendings=0)
                 mbarrier.arrive(free.index(2 * w))
-            tma.store_wait(pendings=0)
-            mbarrier.arrive(free.index(2 * w + 1))
-            it += 1
-            uses1 += 1
-        else:
-            tma.store_wait(pendings=0)
-            mbarrier.arrive(free.index(2 * w))
         assemble(WAIT_FOR_STORES)
         gl.atomic_add(counts + 1 + product * n + m, 1, sem="release", scope="gpu")
         turn += 1

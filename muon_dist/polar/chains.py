@@ -1,8 +1,7 @@
 """Chains of symmetric products: what a few Newton-Schulz steps do to the Gram matrices of a batch.
 
-With R = X X^T, an iteration multiplies X by P = a I + b R + c R^2, which makes R into P R P. The P of several
-iterations are collected in Q: the iterations together multiply X by Q. P, Q and R are polynomials of the same symmetric
-matrix, so they commute and all their products are symmetric.
+With R = X X^T, a polynomial of odd degree multiplies X by a polynomial of R. All of them are polynomials of the same
+symmetric matrix, so they commute and their products are symmetric: but for rounding, where it matters below.
 """
 
 from __future__ import annotations
@@ -12,10 +11,18 @@ from functools import lru_cache
 from muon_dist.kernels import Chain, Product
 from muon_dist.polar.coefficients import Doubling, Triple
 
+# Elements of R are at most 1, and most of them small. Where what rounding takes off them is to be kept, they are stored
+# as many times as large: fp16 ends at 2^-24 and 2^16.
+_LARGE = 2.0**14
+
 
 @lru_cache
 def iterations(coefficients: tuple[Triple, ...]) -> Chain:
-    """The chain that makes Q from X, for iterations with these coefficients (a, b, c)."""
+    """The chain that makes Q from X, for iterations with these coefficients (a, b, c).
+
+    An iteration multiplies X by P = a I + b R + c R^2, which makes R into P R P. The P of several iterations are
+    collected in Q: the iterations together multiply X by Q.
+    """
     r, p = 0, 1
     q = p
     products = [Product(None, None, r), _polynomial(r, p, coefficients[0])]
@@ -33,13 +40,48 @@ def iterations(coefficients: tuple[Triple, ...]) -> Chain:
 @lru_cache
 def doubling(step: Doubling) -> Chain:
     """The chain that makes Q from X, for a polynomial whose products are squares."""
-    r = last = 0
-    products = [Product(None, None, r)]
-    for a, b, c in step.products:
-        out = _free(last, r) if step.adds_gram else _free(last)
-        products.append(Product(last, last, out, add=r if step.adds_gram else last, alpha=c, beta=b, diagonal=a))
-        last = out
-    return Chain(tuple(products), 1 + max(product.out for product in products), last)
+    r, *free = range(3)
+    squares = _squares(step, r, free)
+    return Chain((Product(None, None, r), *squares), 3, squares[-1].out)
+
+
+@lru_cache
+def doubling_twice(first: Doubling, second: Doubling) -> Chain:
+    """The chain that makes Q from X for two such polynomials, P_1 and P_2, without multiplying X between them.
+
+        R_2 = P_1 R P_1,    Q = P_2 P_1
+
+    R_2 has eigenvalues that P_1 made from ones a thousand times smaller: so here R counts with what rounding took off
+    it. And P_1, as it was rounded, does not quite commute with R and P_2, so these two products are not symmetric.
+    """
+    r, rest, *free = range(4)
+    squares = _squares(first, r, free, _LARGE)
+    p = squares[-1].out
+    pr = next(slot for slot in free if slot != p)
+    again = _squares(second, r, [rest, pr])
+    q = next(slot for slot in (rest, pr) if slot != again[-1].out)
+    products = (
+        Product(None, None, r, alpha=_LARGE, rest=rest),
+        *squares,
+        Product(p, r, pr, alpha=1 / _LARGE, b_rest=rest, is_symmetric=False),
+        Product(pr, p, r),
+        *again,
+        Product(again[-1].out, p, q, is_symmetric=False),
+    )
+    return Chain(products, 4, q)
+
+
+def _squares(step: Doubling, r: int, free: list[int], scale: float = 1.0) -> list[Product]:
+    """The products of a polynomial of R, which is ``scale`` times as large in its slot; two free ones take turns."""
+    products: list[Product] = []
+    last, size = r, scale
+    for i, (a, b, c, d) in enumerate(step):
+        gram = (r, b / scale)
+        (add, beta), (also, gamma) = ((last, c), gram) if c else (gram, (None, 0.0))
+        out = free[i % 2]
+        products.append(Product(last, last, out, add, also, d / size**2, beta, gamma, a))
+        last, size = out, 1.0
+    return products
 
 
 def _polynomial(r: int, p: int, triple: Triple) -> Product:

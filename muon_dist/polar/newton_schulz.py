@@ -4,14 +4,16 @@ For M = U S V^T the polar factor is U V^T: M with all its singular values set to
 singular values, some of them on the Gram matrix alone before the matrix itself is multiplied (see ``chains.py``). With
 s <= l the sides of the matrix, and symmetric products of which half is computed:
 
-- doubling: two polynomials of degree 65, each a segment of its own. 6 s^2 l + 10 s^3 FLOPs.
+- doubling: two polynomials, of degree 65 and 33, each a segment of its own: 6 s^2 l + 9 s^3 FLOPs. Or, where kernels
+  keep what is lost to rounding, one segment of both: 3 s^2 l + 16 s^3, fewer from about l = 2.3 s on.
 - five iterations of degree 5 in the standard form, a segment each: 15 s^2 l + 5 s^3.
 - the same in the Gram form, two iterations and then three at a time: 6 s^2 l + 14 s^3, fewer from about l = 2 s on.
   Source: Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz.
 
 A long segment loses the small singular values to cancellation, since squaring them in the Gram matrix halves their
-digits. Forming the Gram matrix anew, when they have grown by about 40, brings them back; and fp16, with three bits more
-of mantissa than bf16 and all values at most about 1, is its type of choice.
+digits. Forming the Gram matrix anew, when they have grown by about 40, brings them back, and so does keeping twice as
+many digits of it; and fp16, with three bits more of mantissa than bf16 and all values at most about 1, is its type of
+choice.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from torch import Tensor
 
 from muon_dist.kernels import Chain
 from muon_dist.options import PolarForm
-from muon_dist.polar.chains import doubling, iterations
+from muon_dist.polar.chains import doubling, doubling_twice, iterations
 from muon_dist.polar.coefficients import Schedule
-from muon_dist.polar.products import multiply_chain, normalised, times_symmetric
+from muon_dist.polar.products import is_one_launch, multiply_chain, normalised, times
 
-# From this ratio of the sides on, the Gram form needs fewer FLOPs.
+# From this ratio of the sides on, two doubling polynomials need fewer FLOPs as one segment.
+JOINED_FROM_ASPECT = 7 / 3
+# And iterations of degree 5 in the Gram form.
 GRAM_FROM_ASPECT = 2.0
 # There the Gram matrix is formed anew after the first two iterations, and then after every third. What rounding makes
 # of singular values that are zero are small eigenvalues of either sign, and each iteration multiplies them by up to 16:
@@ -62,9 +66,9 @@ def polar_factor(
     rows, cols = matrices.shape[-2:]
     if out is None:
         out = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
-    segments = _segments(rows, cols, schedule, form)
-    # Two memories take turns with each product of a whole matrix; start with the one that makes the last end in out.
     result = out.view(-1, rows, cols)
+    segments = _segments(rows, cols, schedule, form, is_one_launch(result if rows <= cols else result.mT))
+    # Two memories take turns with each product of a whole matrix; start with the one that makes the last end in out.
     turns = (torch.empty_like(result), result)
     current, other = turns if len(segments) % 2 else turns[::-1]
     if matrices.stride()[-2:] != (cols, 1):  # cut out of a larger matrix, or a transpose
@@ -78,13 +82,15 @@ def polar_factor(
         current, other = current.mT, other.mT  # [n, s, l] with s <= l from here on; the memory stays as it is
     for segment in segments:
         q = multiply_chain(current, segment)
-        current, other = times_symmetric(q, current, out=other), current
+        current, other = times(q, current, out=other), current
         del q  # with its memory, before the next chain takes as much
     return out
 
 
-def workspace_elements(rows: int, cols: int, schedule: Schedule, form: PolarForm = "auto") -> int:
-    """Elements, of the iteration's dtype, that :func:`polar_factor` needs for one matrix beside its input and result.
+def workspace_elements(
+    rows: int, cols: int, schedule: Schedule, form: PolarForm = "auto", dtype: torch.dtype = torch.float32
+) -> int:
+    """Elements of ``dtype``, at most, that :func:`polar_factor` needs for one matrix beside its input and result.
 
     That is the other of the two memories that take turns, and Gram matrices and polynomials of them.
 
@@ -92,17 +98,21 @@ def workspace_elements(rows: int, cols: int, schedule: Schedule, form: PolarForm
     than four times as long as wide.)
     """
     short, long = sorted((rows, cols))
-    squares = max(segment.slots for segment in _segments(rows, cols, schedule, form))
+    may_be_one_launch = dtype.itemsize == 2
+    squares = max(segment.slots for segment in _segments(rows, cols, schedule, form, may_be_one_launch))
     return short * (long + squares * short)
 
 
-def _segments(rows: int, cols: int, schedule: Schedule, form: PolarForm) -> list[Chain]:
-    """What is done between products with the whole matrix."""
+def _segments(rows: int, cols: int, schedule: Schedule, form: PolarForm, in_one_launch: bool) -> list[Chain]:
+    """What is done between products with the whole matrix; ``in_one_launch`` if kernels do a chain as a whole."""
+    short, long = sorted((rows, cols))
     if schedule.doublings:
+        if len(schedule.doublings) == 2 and in_one_launch and long >= JOINED_FROM_ASPECT * short:
+            return [doubling_twice(*schedule.doublings)]
         return [doubling(step) for step in schedule.doublings]
     triples = schedule.iterations
     if form == "auto":
-        form = "gram" if max(rows, cols) >= GRAM_FROM_ASPECT * min(rows, cols) else "standard"
+        form = "gram" if long >= GRAM_FROM_ASPECT * short else "standard"
     if form == "standard":
         return [iterations((triple,)) for triple in triples]
     later = range(FIRST_SEGMENT, len(triples), LATER_SEGMENTS)

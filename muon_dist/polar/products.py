@@ -1,6 +1,5 @@
-"""The products that Newton-Schulz is made of: chains of those with a symmetric result, so that half of it need not be
-computed; with a symmetric factor, so that tall matrices need not be transposed; and what goes before them, division by
-the norm."""
+"""The products that Newton-Schulz is made of: those of Gram matrices, in chains, where half of a symmetric result is
+computed; those with whole matrices; and what goes before them, division by the norm."""
 
 from __future__ import annotations
 
@@ -25,18 +24,40 @@ def multiply_chain(x: Tensor, chain: kernels.Chain) -> Tensor:
         x: ``[n, s, l]``, contiguous, or the transpose of a contiguous one.
 
     Returns:
-        ``[n, s, s]`` in the dtype of x; it keeps the memory of all slots of the chain alive.
+        ``[n, s, s]`` in the dtype of x, laid out as x is; it keeps the memory of all slots of the chain alive.
     """
     n, s, _ = x.shape
-    squares = x.new_empty((chain.slots, n, s, s))
-    if kernels.usable_on(x.device) and chain_kernels.fits(x):
-        chain_kernels.multiply_chain(x, chain, squares)
+    memory = x.new_empty((chain.slots, n, s, s))
+    squares = memory if x.stride(-1) == 1 else memory.mT
+    if is_one_launch(x):
+        chain_kernels.multiply_chain(x, chain, memory)
         return squares[chain.result]
     for product in chain.products:
         a, b = (x if slot is None else squares[slot] for slot in (product.a, product.b))
-        add = None if product.add is None else squares[product.add]
-        symmetric_product(a, b, add, product.alpha, product.beta, product.diagonal, squares[product.out])
+        if product.rest is not None or not product.is_symmetric:
+            _any_product(product, a, b, squares)
+            continue
+        add, beta = None if product.add is None else memory[product.add], product.beta
+        if add is not None and product.also is not None:
+            add, beta = torch.add(beta * add, memory[product.also], alpha=product.gamma), 1.0
+        symmetric_product(a, b, add, product.alpha, beta, product.diagonal, memory[product.out])
     return squares[chain.result]
+
+
+def is_one_launch(x: Tensor) -> bool:
+    """Whether a chain from ``x`` is, on this device."""
+    return kernels.usable_on(x.device) and chain_kernels.fits(x)
+
+
+def _any_product(product: kernels.Product, a: Tensor, b: Tensor, squares: Tensor) -> None:
+    """A product that nothing is added to, in fp32."""
+    result = a.float() @ b.float().mT
+    if product.b_rest is not None:
+        result += a.float() @ squares[product.b_rest].float().mT
+    result *= product.alpha
+    squares[product.out] = result
+    if product.rest is not None:
+        squares[product.rest] = result - squares[product.out].float()
 
 
 def symmetric_product(
@@ -59,10 +80,10 @@ def symmetric_product(
         out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
 
 
-def times_symmetric(q: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Q X for a symmetric Q, ``[n, s, s]``, and ``[n, s, l]``; laid out in memory as x is, also ``out``."""
+def times(q: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Q X for ``[n, s, s]`` and ``[n, s, l]``, both laid out in memory alike, as rows or as columns; also ``out``."""
     if x.stride(-1) != 1:
-        return torch.bmm(x.mT, q, out=None if out is None else out.mT).mT
+        return torch.bmm(x.mT, q.mT, out=None if out is None else out.mT).mT
     return torch.bmm(q, x, out=out)
 
 
