@@ -79,7 +79,7 @@ def test_two_doublings_from_one_gram_matrix_are_the_same_map(shape: tuple[int, i
     matrix = with_spectrum(*shape, power)[None]
     matrix = matrix / matrix.norm()
     apart = polar_factor(matrix, steps, bound=1 / steps.margin)
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 0.02)):
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 0.05)):
         narrow = matrix.to(dtype)
         wide = narrow if shape[0] <= shape[1] else narrow.mT
         joined = times(multiply_chain(wide, doubling_twice(*steps.doublings)), wide)

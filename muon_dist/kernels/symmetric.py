@@ -91,8 +91,9 @@ def symmetric_product(
 
     Args:
         a, b: [n, s, k], fp16 or bf16, with a symmetric A B^T; both contiguous, or both transposes of contiguous ones.
-        add: D, [n, s, s], symmetric, of the same dtype; None for none.
-        out: [n, s, s], contiguous, of the same dtype; none of the others.
+        add: D, [n, s, s], symmetric, of the same dtype; None for none. It may be ``out``: a tile of D is read before
+            the same tile is stored, and where mirror images are stored D is not read.
+        out: [n, s, s], contiguous, of the same dtype; none of the factors.
     """
     n, s, k = a.shape
     adds, transposed = add is not None, a.stride(2) != 1

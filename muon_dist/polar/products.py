@@ -37,10 +37,12 @@ def multiply_chain(x: Tensor, chain: kernels.Chain) -> Tensor:
         if product.rest is not None or not product.is_symmetric:
             _any_product(product, a, b, squares)
             continue
-        add, beta = None if product.add is None else memory[product.add], product.beta
+        out, beta = memory[product.out], product.beta
+        add = None if product.add is None else memory[product.add]
         if add is not None and product.also is not None:
-            add, beta = torch.add(beta * add, memory[product.also], alpha=product.gamma), 1.0
-        symmetric_product(a, b, add, product.alpha, beta, product.diagonal, memory[product.out])
+            torch.mul(add, beta, out=out).add_(memory[product.also], alpha=product.gamma)
+            add, beta = out, 1.0
+        symmetric_product(a, b, add, product.alpha, beta, product.diagonal, out)
     return squares[chain.result]
 
 
@@ -68,8 +70,8 @@ def symmetric_product(
     Args:
         a, b: ``[n, s, k]`` with a symmetric A B^T: b is a, or both are polynomials of one symmetric matrix.
             Contiguous, or transposes of contiguous ones.
-        add: D, ``[n, s, s]``, symmetric.
-        out: ``[n, s, s]``, contiguous, none of the others.
+        add: D, ``[n, s, s]``, symmetric; it may be ``out``.
+        out: ``[n, s, s]``, contiguous, none of the factors.
     """
     if kernels.usable_on(a.device) and symmetric_kernels.fits(a):
         symmetric_kernels.symmetric_product(a, b, add, alpha, beta, diagonal, out)
