@@ -82,7 +82,7 @@ def multiply_chain(x: Tensor, chain: Chain, squares: Tensor) -> None:
     )
     key = (n, s, k, total, transposed, x.dtype, x.device)
     # 168 registers a thread on average, of which multipliers take 232.
-    _COMPILED.launch(key, min(total, _multiprocessors(x.device)), arguments, num_warps=4, maxnreg=168)
+    _COMPILED.launch(key, (min(total, _multiprocessors(x.device)), 1), arguments, num_warps=4, maxnreg=168)
 
 
 @lru_cache

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muon_dist.kernels.compiled import Compiled
+
 _BLOCK = 8192
 
 
@@ -25,9 +27,14 @@ def normalise(matrices: Tensor, out: Tensor, margin: float, smallest: float) -> 
     blocks = -(-numel // _BLOCK)
     parts = torch.empty((2, n, blocks), dtype=torch.float32, device=matrices.device)
     factors = torch.empty(n, dtype=torch.float32, device=matrices.device)
-    _measure[(blocks, n)](matrices, matrices.stride(0), parts[0], parts[1], numel, BLOCK=_BLOCK)
-    _combine[(n,)](parts[0], parts[1], factors, blocks, margin, smallest, BLOCKS=1 << (blocks - 1).bit_length())
-    _scale[(blocks, n)](matrices, matrices.stride(0), factors, out, out.stride(0), numel, BLOCK=_BLOCK)
+    source, target = (matrices, matrices.stride(0)), (out, out.stride(0))
+    strides, addresses = (source[1], target[1]), (matrices.data_ptr() % 16, out.data_ptr() % 16)
+    key = (n, numel, strides, addresses, matrices.dtype, out.dtype, matrices.device)
+    grid = (blocks, n)
+    _MEASURE.launch(key, grid, (*source, parts[0], parts[1], numel, _BLOCK))
+    numbers = (blocks, margin, smallest, 1 << (blocks - 1).bit_length())
+    _COMBINE.launch(key, (n, 1), (parts[0], parts[1], factors, *numbers))
+    _SCALE.launch(key, grid, (*source, factors, *target, numel, _BLOCK))
 
 
 @triton.jit
@@ -63,3 +70,6 @@ def _scale(matrices, stride, factors, out, out_stride, numel, BLOCK: tl.constexp
     mask = within < numel
     values = tl.load(matrices + matrix * stride + within, mask=mask, other=0).to(tl.float32)
     tl.store(out + matrix * out_stride + within, values * tl.load(factors + matrix), mask=mask)
+
+
+_MEASURE, _COMBINE, _SCALE = Compiled(_measure), Compiled(_combine), Compiled(_scale)

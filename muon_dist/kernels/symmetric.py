@@ -112,7 +112,7 @@ def symmetric_product(
         *(transposed, adds, TILE, launch.width, _DEPTH),
     )
     key = (n, s, k, adds, transposed, a.dtype, a.device)
-    _COMPILED.launch(key, launch.programs, arguments, num_warps=8, num_stages=launch.stages)
+    _COMPILED.launch(key, (launch.programs, 1), arguments, num_warps=8, num_stages=launch.stages)
 
 
 @triton.jit
