@@ -10,7 +10,8 @@ Times are medians, by CUDA events. TFLOP/s counts the FLOPs that ours needs, sym
 its share of what cuBLAS reaches on this GPU, in this run, for fp16 products of 8192 x 8192.
 
 Accuracy is that of one matrix U S V^T with known singular vectors, whose polar factor is U V^T. "cosine" is to that;
-"mixing" is the norm of what U^T O V has beside its diagonal, relative to the exact one's.
+"mixing" is the norm of what U^T O V has beside its diagonal, relative to the exact one's. "fp8" is ours with the last
+product, that with the whole matrix, in fp8: what that would bring, and cost. The optimizer does not do it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from triton.testing import do_bench
 
 from muon_dist.plan import polar_flops
 from muon_dist.polar import polar_factor, schedule
+from muon_dist.polar.chains import doubling_twice
+from muon_dist.polar.products import multiply_chain, normalised
 
 BATCHES = [
     (16, 1024, 1024),
@@ -52,6 +55,26 @@ def torch_standard(matrices: Tensor) -> Tensor:
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def in_fp8(matrices: Tensor) -> Tensor:
+    """Both polynomials from one Gram matrix, and Q X in e4m3 with a scale for each row of Q and each column of X."""
+    x = torch.empty_like(matrices, dtype=torch.float16)
+    normalised(matrices, DOUBLING.margin, out=x)
+    q = multiply_chain(x, doubling_twice(*DOUBLING.doublings))
+    (rows, of_rows), (columns, of_columns) = rounded_to_fp8(q), rounded_to_fp8(x.mT)
+    products = [
+        torch._scaled_mm(a, b.T, scale_a, scale_b.T, out_dtype=torch.bfloat16, use_fast_accum=True)
+        for a, b, scale_a, scale_b in zip(rows, columns, of_rows, of_columns, strict=True)
+    ]
+    return torch.stack(products)
+
+
+@torch.compile
+def rounded_to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """With the scale of each row, fp32."""
+    scale = values.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (values / scale).to(torch.float8_e4m3fn).contiguous(), scale
 
 
 def competitors() -> dict[str, Polar]:
@@ -124,9 +147,19 @@ def main() -> None:
             errors.append({"matrix": [short, long], "spectrum": spectrum, **row})
             cells = (f"{f['cosine']:.4f}  {f['mixing']:.4f}" for f in row.values())
             print(f"{f'{short}x{long}':>12}{spectrum:>12}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+    print("\nwith the last product in fp8: times as fast as ours, and cosine and mixing")
+    fp8 = []
+    for (n, short, long), time in zip(BATCHES, times, strict=True):
+        if (short, long) in ACCURACY_SHAPES:
+            matrices = torch.randn(n, short, long, device="cuda", dtype=torch.bfloat16)
+            faster = time["milliseconds"]["ours"] / milliseconds(partial(in_fp8, matrices))
+            row = {name: accuracy(in_fp8, values, long) for name, values in spectra(short).items()}
+            fp8.append({"batch": [n, short, long], "faster": faster, **row})
+            cells = (f"{name} {f['cosine']:.4f} {f['mixing']:.4f}" for name, f in row.items())
+            print(f"{f'{n}x{short}x{long}':>16}{faster:>7.2f}  " + ", ".join(cells))
     if arguments.out:
         machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "gemm_tflops": gemm}
-        figures = {"machine": machine, "times": times, "accuracy": errors}
+        figures = {"machine": machine, "times": times, "accuracy": errors, "fp8": fp8}
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 

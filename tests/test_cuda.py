@@ -33,6 +33,7 @@ SHAPES = {
     "c.weight": (250, 770),
     "d.weight": (3, 64),
     "e.weight": (512, 512),
+    "f.weight": (1280, 512),
     "embed_tokens.weight": (1000, 256),
     "norm.weight": (256,),
 }
@@ -178,6 +179,32 @@ def test_a_step_never_waits_for_the_device(momentum_state: Any, nonfinite: Any, 
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_can_be_captured_in_a_graph() -> None:
+    weights = []
+    for captured in (False, True):
+        parameters = {name: nn.Parameter(value) for name, value in values(0).items()}
+        optimizer = DistMuon(list(parameters.items()), chunk_bytes=1 << 20)
+        for name, gradient in values(1).items():
+            parameters[name].grad = gradient
+        optimizer.step()  # makes the state
+        step, graph = optimizer.step, torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            step = graph.replay
+        for seed in (2, 3):
+            for name, gradient in values(seed).items():
+                gradient_of(parameters[name]).copy_(gradient)
+            step()
+        weights.append([p.detach() for p in parameters.values()])
+    assert all(torch.equal(replayed, plain) for replayed, plain in zip(*weights, strict=True))
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 @pytest.mark.parametrize("frees", [False, True])
