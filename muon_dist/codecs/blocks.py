@@ -92,13 +92,17 @@ class BlockCodec(RowWise):
         raise NotImplementedError
 
     def _for_recode(self, buffers: Mapping[str, Tensor], cols: int) -> Encoded | None:
-        """What is stored as kernels take it, ``[n, rows, ...]``; None where there are none for it."""
+        """What is stored as kernels take it, ``[n, m, rows, ...]``; None where there are none for it."""
         codes = buffers["codes"]
         if not kernels.usable_on(codes.device) or not codes.numel():
             return None
         if all(buffer.is_contiguous() for buffer in buffers.values()):
-            buffers = {key: buffer.view(1, -1, buffer.shape[-1]) for key, buffer in buffers.items()}
-        elif codes.ndim != 3 or not all(buffer[0].is_contiguous() for buffer in buffers.values()):
+            buffers = {key: buffer.view(1, 1, -1, buffer.shape[-1]) for key, buffer in buffers.items()}
+        elif codes.ndim == 3:
+            buffers = {key: buffer[:, None] for key, buffer in buffers.items()}
+        elif codes.ndim != 4:
+            return None
+        if not all(buffer[0, 0].is_contiguous() for buffer in buffers.values()):
             return None
         stored = self.for_kernels(buffers)
-        return stored if kernels.fit((*stored.shape[1:], cols), stored) else None
+        return stored if kernels.fit((*stored.shape[2:], cols), stored) else None

@@ -14,28 +14,29 @@ from muon_dist.kernels.tiles import Tiling, load_borders, load_levels, load_tile
 
 
 def encode(values: Tensor, stored: Encoded) -> None:
-    """Writes ``values`` ([n, rows, cols], contiguous, any floating-point type) into ``stored``.
+    """Writes ``values`` ([n, m, rows, cols], contiguous, any floating-point type) into ``stored``.
 
     Args:
-        stored: buffers of [n, rows, ...], each of the n contiguous, at any distance from the next.
+        stored: buffers of [n, m, rows, ...]; the last two axes contiguous, the others of any strides.
     """
-    tiling = Tiling.of(values[0], stored)
-    _encode[(*tiling.grid, len(values))](
+    tiling = Tiling.of(values[0, 0], stored)
+    _encode[(*tiling.grid, values.shape[:2].numel())](
         values, *stored.pointers, *tiling.shape, *_strides(stored), FORMAT=stored.format, **tiling.constants
     )
 
 
 def decode(stored: Encoded, out: Tensor) -> None:
-    """Reads ``stored`` into ``out`` ([n, rows, cols], contiguous, any floating-point type); buffers as for encode."""
-    tiling = Tiling.of(out[0], stored)
-    _decode[(*tiling.grid, len(out))](
+    """Reads ``stored`` into ``out`` ([n, m, rows, cols], contiguous, any floating-point type); buffers as for encode."""
+    tiling = Tiling.of(out[0, 0], stored)
+    _decode[(*tiling.grid, out.shape[:2].numel())](
         out, *stored.pointers[:3], *tiling.shape, *_strides(stored), FORMAT=stored.format, **tiling.constants
     )
 
 
 def _strides(stored: Encoded) -> list[int]:
-    """From one of the n to the next, of elements and of scales."""
-    return [pointer.stride(0) for pointer in stored.pointers[:2]]
+    """m, and from one of the n, or of the m, to the next: of elements and of scales."""
+    elements, scales = stored.pointers[:2]
+    return [elements.shape[1], elements.stride(0), elements.stride(1), scales.stride(0), scales.stride(1)]
 
 
 @triton.jit
@@ -50,15 +51,20 @@ def _encode(
     stride,
     blocks,
     numel,
-    elements_stride,
-    scales_stride,
+    m,
+    elements_stride0,
+    elements_stride1,
+    scales_stride0,
+    scales_stride1,
     FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    i = tl.program_id(2).to(tl.int64)
-    values, elements, scales = values + i * numel, elements + i * elements_stride, scales + i * scales_stride
+    values += tl.program_id(2).to(tl.int64) * numel
+    i, j = (tl.program_id(2) // m).to(tl.int64), (tl.program_id(2) % m).to(tl.int64)
+    elements += i * elements_stride0 + j * elements_stride1
+    scales += i * scales_stride0 + j * scales_stride1
     there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     borders = load_borders(borders, FORMAT)
     x = tl.load(values + there, mask=mask, other=0).to(tl.float32)
@@ -76,15 +82,20 @@ def _decode(
     stride,
     blocks,
     numel,
-    elements_stride,
-    scales_stride,
+    m,
+    elements_stride0,
+    elements_stride1,
+    scales_stride0,
+    scales_stride1,
     FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    i = tl.program_id(2).to(tl.int64)
-    out, elements, scales = out + i * numel, elements + i * elements_stride, scales + i * scales_stride
+    out += tl.program_id(2).to(tl.int64) * numel
+    i, j = (tl.program_id(2) // m).to(tl.int64), (tl.program_id(2) % m).to(tl.int64)
+    elements += i * elements_stride0 + j * elements_stride1
+    scales += i * scales_stride0 + j * scales_stride1
     there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     levels = load_levels(levels, FORMAT)
     x = load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, FORMAT)

@@ -6,6 +6,7 @@ The same optimizer takes the same steps twice, once through kernels and once thr
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from muon_dist import DistMuon, kernels
 from muon_dist.codecs import CODECS, LOW_RANK_CODECS, make_codec
 
-pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="triton is not installed")
+if not kernels.HAS_TRITON:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from muon_dist.kernels import recode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = 1e-5
@@ -154,20 +158,22 @@ def test_nan_stays_visible(momentum_state: Any, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", ["linear8", "dynamic8", "nf4"])
 def test_several_pieces_are_encoded_and_decoded_in_one_launch(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where they lie at a distance, as in the exchange's buffers."""
-    codec, shape = make_codec(name), (3, 5, 256)
+    """Two pieces of each of three matrices, as they lie in the exchange's buffers: those of a rank together."""
+    codec, shape = make_codec(name), (3, 2, 5, 256)
     torch.manual_seed(0)
     pieces = torch.randn(shape, device=DEVICE)
 
     def stored(fused: bool) -> tuple[dict[str, Tensor], Tensor]:
         monkeypatch.setattr(kernels, "usable_on", lambda device: fused)
         buffers = {
-            key: torch.zeros(3, 2, *spec.shape[1:], dtype=spec.dtype, device=DEVICE)[:, 0]
+            key: torch.zeros(2, 2, 3, *spec.shape[2:], dtype=spec.dtype, device=DEVICE)[:, 0].transpose(0, 1)
             for key, spec in codec.buffers(shape).items()
         }
         codec.encode(pieces, buffers)
         return buffers, codec.decode(buffers, 256, out=torch.empty_like(pieces))
 
-    (ours, decoded), (theirs, expected) = stored(fused=True), stored(fused=False)
+    with mock.patch.object(recode, "encode", wraps=recode.encode) as encode:
+        (ours, decoded), (theirs, expected) = stored(fused=True), stored(fused=False)
+    assert encode.call_count == 1
     assert torch.equal(ours["scales"], theirs["scales"])
     assert float((decoded - expected).norm()) <= ROUNDED * float(expected.norm())
