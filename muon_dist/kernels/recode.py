@@ -26,7 +26,7 @@ def encode(values: Tensor, stored: Encoded) -> None:
 
 
 def decode(stored: Encoded, out: Tensor) -> None:
-    """Reads ``stored``, as ``encode`` has it, into ``out`` ([n, m, rows, cols], contiguous, any floating-point type)."""
+    """Reads ``stored``, buffers as for ``encode``, into ``out`` ([n, m, rows, cols], contiguous, of any such type)."""
     tiling = Tiling.of(out[0, 0], stored)
     _decode[(*tiling.grid, out.shape[:2].numel())](
         out, *stored.pointers[:3], *tiling.shape, *_strides(stored), FORMAT=stored.format, **tiling.constants
