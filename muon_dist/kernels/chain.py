@@ -1,11 +1,12 @@
 """A chain of symmetric products in one launch, on Hopper: what one Newton-Schulz segment does to its Gram matrices.
 
-Of each product only the tiles on and below the diagonal are computed, and stored a second time mirrored. A tile, 128 x
-256, is one turn of a program; there are as many programs as multiprocessors, and they draw tiles from a queue in which
-the products follow one another. The tiles of a product need all of the product before, but only of the same matrix: a
-program that draws one waits for that matrix alone, while the others' tiles are still under way, so that a chip is never
-left to run empty between two products. Tiles are drawn in order, so what a tile waits for is held by programs that run:
-none waits for ever, however few programs find room beside other kernels.
+Of each product only the tiles on and below the diagonal are computed, and stored a second time mirrored; of the few
+that are not symmetric, all tiles. A tile, 128 x 256, is one turn of a program; there are as many programs as
+multiprocessors, and they draw tiles from a queue in which the products follow one another. The tiles of a product need
+all of the product before, but only of the same matrix: a program that draws one waits for that matrix alone, while the
+others' tiles are still under way, so that a chip is never left to run empty between two products. Tiles are drawn in
+order, so what a tile waits for is held by programs that run: none waits for ever, however few programs find room beside
+other kernels.
 
 The warps of a program have four jobs:
 
@@ -15,7 +16,8 @@ The warps of a program have four jobs:
 
 A multiplier hands over its results in two halves of 128 columns, as they are and mirrored. They pass through buffers of
 its own, into which the loader has put what is to be added (D); the first half's mirror image passes through a stage of
-the ring that the loader lends for it.
+the ring that the loader lends for it. A second matrix to be added (E) is read from memory by the multipliers. Where
+what rounding takes off is kept too, which is seldom, buffers are used in turns without a loan.
 
 Reference: :func:`muon_dist.polar.products.multiply_chain` with plain products. Written in Gluon, Triton's layer for
 those who place memory and barriers themselves; it cannot be interpreted on CPU.
@@ -96,7 +98,7 @@ def _table(chain: Chain, rows: int, transposed: bool, device: torch.device) -> t
         terms = [(p.a, p.b)] if p.b_rest is None else [(p.a, p.b), (p.a, p.b_rest)]
         if transposed and not p.is_symmetric:  # the transpose of A B^T is to be stored
             terms = [term[::-1] for term in terms]
-        factors = [0 if slot is None else slot for slot in sum((terms * 2)[:2], ())]
+        factors = [slot or 0 for term in (terms[0], terms[-1]) for slot in term]
         slots = [-1 if slot is None else slot for slot in (p.add, p.also, p.out, p.rest)]
         tiles = half if p.is_symmetric else all_tiles
         table.append([p.a is None, len(terms), *factors, *slots, p.is_symmetric, tiles])
