@@ -72,8 +72,8 @@ _SAFETY = 1.01
 # first [1.2e-3, 1] to [0.056, 0.94], the second that to [0.87, 1.13]; five steps of Polar Express as gram-newton-schulz
 # takes them, with 14 products of Gram matrices instead of 9, map it to [0.84, 1.12]. The first adds no identity before
 # its last product: what singular values of 1e-3 make of R is as small as the rounding of 1 in fp16. That it ends at
-# 0.94 leaves room for rounding, as the second grows steeply from one on. By multi-start gradient descent on the ratio,
-# then sequential quadratic programming (SLSQP) for the largest minimum below a maximum of one; November 2026.
+# 0.94 leaves room for rounding, as the second grows steeply from one on. benchmarks/coefficients.py finds them again,
+# to 0.1% of their ratios. November 2026.
 _DOUBLING: tuple[Doubling, ...] = (
     (
         (0.0, -3.8360489, 0.0, 3.67881731),
