@@ -123,7 +123,7 @@ def test_the_description_has_groups_state_layout_and_plan() -> None:
         "    owners",
         "    chunks",
         "    buffers 8,192 B, polar factors 28,672 B, for a step",
-        "    sent 4,096 B a step, as bf16; 720,896 FLOPs of polar factors",
+        "    sent 4,096 B a step, as bf16; 688,128 FLOPs of polar factors",
     ]
     assert "2 matrices in 2 pieces; here 32 x 32" in first
     assert "1 matrices a rank, 1 here" in first
