@@ -104,11 +104,14 @@ class Run:
             self._send()
 
     def finish(self, meanwhile: Callable[[], None]) -> None:
-        """All that is left. ``meanwhile`` runs while the first chunk is on its way."""
+        """All that is left. ``meanwhile`` runs while the first chunk is on its way; or behind its polar factors where
+        nothing travels, so that a device that had nothing to do is at work while the host prepares it."""
         self.follow(self._streams.current_stream(self._device))
         if not self.begun:
             self.begin()
-        meanwhile()
+        travels = self._pipeline.group is not None
+        if travels:
+            meanwhile()
         for k, exchange in enumerate(self._exchanges):
             if self.begun < min(k + SLOTS, len(self._exchanges)):
                 self.begin()
@@ -116,6 +119,8 @@ class Run:
             self._arriving.popleft().wait()
             with record_function("muon_dist.polar"):
                 exchange.replace_owned(self._work.polar, buffers)
+            if k == 0 and not travels:
+                meanwhile()
             with record_function("muon_dist.scatter"):
                 returned = self._departed(exchange.scatter(buffers))
             with self._streams.stream(self.side), record_function("muon_dist.apply"):
