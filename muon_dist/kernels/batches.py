@@ -26,7 +26,7 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import TILE_ELEMENTS, load_borders, load_levels, load_tile, store_tile
+from muon_dist.kernels.tiles import TILE_ELEMENTS, load_levels, load_search, load_tile, store_tile
 
 # Of launches that read and write momentum on the host: a few large programs are enough for the bus, and leave the other
 # multiprocessors to the polar factors that run meanwhile.
@@ -166,7 +166,7 @@ class ApplyBatch:
 def _accumulate(
     table,
     levels,
-    borders,
+    search,
     weight,
     GRADIENT: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -184,16 +184,17 @@ def _accumulate(
     packed = pointer_in(fields + 4, PACKED)
     packed_scales = pointer_in(fields + 5, "bf16")
     levels = load_levels(levels, MOMENTUM)
-    packed_borders, borders = load_borders(borders, PACKED), load_borders(borders, MOMENTUM)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        place, mask, row, row_mask = tile_of_piece(tile, rows, BLOCK, ROWS)
+    packed_search, search = load_search(search, PACKED), load_search(search, MOMENTUM)
+    for index in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        tile = tile_of_piece(index, rows, BLOCK, ROWS)
+        place, mask = tile[0]
         g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
-        m = load_tile(elements, scales, levels, place, mask, row, row_mask, MOMENTUM)
+        m = load_tile(elements, scales, levels, tile, MOMENTUM)
         m += weight * (g - m)
-        store_tile(m, elements, scales, borders, place, mask, row, row_mask, MOMENTUM)
+        store_tile(m, elements, scales, search, tile, MOMENTUM)
         if NESTEROV:
             m -= weight * (m - g)
-        store_tile(m, packed, packed_scales, packed_borders, place, mask, row, row_mask, PACKED)
+        store_tile(m, packed, packed_scales, packed_search, tile, PACKED)
 
 
 @triton.jit
@@ -215,7 +216,8 @@ def _apply(
         scales = pointer_in(fields + 3, "bf16")
         decay = number_in(fields + 4)
         factor = number_in(fields + 5)
-        place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
-        u = load_tile(elements, scales, levels, place, mask, row, row_mask, UPDATE)
+        tile = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
+        place, mask = tile[0]
+        u = load_tile(elements, scales, levels, tile, UPDATE)
         w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
         tl.store(weight + place, w * decay + factor * u, mask=mask)

@@ -19,22 +19,12 @@ def look_up(table, index):
 
 
 @triton.jit
-def load_borders(borders):
-    """What ``encode`` looks up, fp32 [256]: the smallest number above the border before each code; the first has
-    none."""
-    code = tl.arange(0, 256)
-    bits = tl.load(borders + code - 1, mask=code > 0, other=0).to(tl.int32, bitcast=True)
-    above = tl.where(bits < 0, bits - 1, bits + 1).to(tl.float32, bitcast=True)
-    return tl.where(code > 0, above, float("-inf"))
-
-
-@triton.jit
 def encode(fractions, above, SIGNED: tl.constexpr):
     """The number of borders below each fraction: codes of the nearest levels, uint8. NaN has some code.
 
     Args:
         fractions: fp32, of any shape; finite.
-        above: what ``load_borders`` made.
+        above: fp32 [256], the smallest number above the border before each code; -inf before the first.
     """
     # Added to 2^23, a guess is rounded to an integer and lies in the last bits.
     code = (guess(fractions, SIGNED) + 8388608.0).to(tl.int32, bitcast=True) & 255
