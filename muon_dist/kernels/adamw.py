@@ -33,6 +33,7 @@ from muon_dist.kernels.tiles import Tiling, load_levels, load_search, load_tile,
 
 # Larger parameters have launches of their own: every piece of a launch is given as many programs as the largest needs.
 _SMALL = 1 << 20
+_SMALLEST_DIVISOR = tl.constexpr(2.0**-63)
 
 
 class Rates(NamedTuple):
@@ -155,8 +156,8 @@ def _adamw(
     _, mask = tile[0]
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)
-    m = load_tile(first, first_scales, first_levels, tile, FIRST)
-    v = load_tile(second, second_scales, second_levels, tile, SECOND)
+    m = load_tile(first, first_scales, first_levels, tile, 1 - weight1, FIRST)
+    v = load_tile(second, second_scales, second_levels, tile, 1.0, SECOND)
     w, m, v = _updated(w, g, m, v, t, lr, weight1, weight2, log2_beta1, log2_beta2, eps, decay)
     store_tile(m, first, first_scales, first_search, tile, FIRST)
     store_tile(v, second, second_scales, second_search, tile, SECOND)
@@ -193,8 +194,9 @@ def _adamw_many(
         place, mask = tile[0]
         g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
         w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
-        m = load_tile(first, first_scales, first_levels, tile, FIRST)
-        v = load_tile(second, second_scales, second_levels, tile, SECOND)
+        weight1 = number_in(fields + 9)
+        m = load_tile(first, first_scales, first_levels, tile, 1 - weight1, FIRST)
+        v = load_tile(second, second_scales, second_levels, tile, 1.0, SECOND)
         w, m, v = _updated(
             w,
             g,
@@ -202,7 +204,7 @@ def _adamw_many(
             v,
             t,
             number_in(fields + 8),
-            number_in(fields + 9),
+            weight1,
             number_in(fields + 10),
             number_in(fields + 11),
             number_in(fields + 12),
@@ -216,9 +218,12 @@ def _adamw_many(
 
 @triton.jit
 def _updated(w, g, m, v, t, lr, weight1, weight2, log2_beta1, log2_beta2, eps, decay):
-    """Weight and moments after step ``t``."""
-    m += weight1 * (g - m)
+    """Weight and moments after step ``t``; ``m`` has decayed."""
+    m += weight1 * g
     v += weight2 * (g * g - v)
     rate = lr / (1 - tl.exp2(t * log2_beta1))
     correction2 = 1 / (1 - tl.exp2(t * log2_beta2))
-    return w * decay - rate * m / (tl.sqrt(v * correction2) + eps), m, v
+    # The inverse root of the square takes fewer instructions than a division. The square is to be a normal number; the
+    # root of a v that is one is larger than this.
+    divisor = tl.maximum(tl.sqrt(v * correction2) + eps, _SMALLEST_DIVISOR)
+    return w * decay - rate * m * tl.rsqrt(divisor * divisor), m, v

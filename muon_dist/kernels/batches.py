@@ -189,11 +189,11 @@ def _accumulate(
         tile = tile_of_piece(index, rows, BLOCK, ROWS)
         place, mask = tile[0]
         g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
-        m = load_tile(elements, scales, levels, tile, MOMENTUM)
-        m += weight * (g - m)
+        g *= weight
+        m = load_tile(elements, scales, levels, tile, 1 - weight, MOMENTUM) + g
         store_tile(m, elements, scales, search, tile, MOMENTUM)
         if NESTEROV:
-            m -= weight * (m - g)
+            m = (1 - weight) * m + g
         store_tile(m, packed, packed_scales, packed_search, tile, PACKED)
 
 
@@ -218,6 +218,6 @@ def _apply(
         factor = number_in(fields + 5)
         tile = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
         place, mask = tile[0]
-        u = load_tile(elements, scales, levels, tile, UPDATE)
+        u = load_tile(elements, scales, levels, tile, factor, UPDATE)
         w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
-        tl.store(weight + place, w * decay + factor * u, mask=mask)
+        tl.store(weight + place, w * decay + u, mask=mask)

@@ -148,14 +148,15 @@ def _accumulate(
         scale = tl.minimum(of_row, of_column, propagate_nan=tl.PropagateNan.ALL)
         m = load_codes(elements, levels, pair, pair_mask) * scale
     else:
-        m = load_tile(elements, scales, levels, tile, REST)
+        m = load_tile(elements, scales, levels, tile, 1.0, REST)
     place_in_stack = tl.program_id(1) * rows * BLOCK + place
     m += tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)
     g = tl.load(pointer_in(fields + 1, GRADIENT) + place, mask=mask, other=0).to(tl.float32)
-    m += weight * (g - m)
+    g *= weight
+    m = (1 - weight) * m + g
     tl.store(low + place_in_stack, m, mask=mask)
     if NESTEROV:
-        m -= weight * (m - g)
+        m = (1 - weight) * m + g
     packed = pointer_in(fields + 4, PACKED)
     packed_scales = pointer_in(fields + 5, "bf16")
     store_tile(m, packed, packed_scales, levels, tile, PACKED)

@@ -84,11 +84,11 @@ def _accumulate(
     there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     _, mask = tile[0]
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
-    m = load_tile(elements, scales, levels, tile, MOMENTUM)
-    m += weight * (g - m)
+    g *= weight
+    m = load_tile(elements, scales, levels, tile, 1 - weight, MOMENTUM) + g
     store_tile(m, elements, scales, search, tile, MOMENTUM)
     if NESTEROV:
-        m -= weight * (m - g)
+        m = (1 - weight) * m + g
     store_tile(m, packed, packed_scales, packed_search, tile, PACKED)
 
 
@@ -113,6 +113,6 @@ def _apply(
     levels = load_levels(levels, UPDATE)
     there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     _, mask = tile[0]
-    u = load_tile(elements, scales, levels, tile, UPDATE)
+    u = load_tile(elements, scales, levels, tile, factor, UPDATE)
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)
-    tl.store(weight + there, w * decay + factor * u, mask=mask)
+    tl.store(weight + there, w * decay + u, mask=mask)

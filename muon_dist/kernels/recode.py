@@ -89,5 +89,5 @@ def _decode(
     there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     _, mask = tile[0]
     levels = load_levels(levels, FORMAT)
-    x = load_tile(elements, scales, levels, tile, FORMAT)
+    x = load_tile(elements, scales, levels, tile, 1.0, FORMAT)
     tl.store(out + there, x, mask=mask)

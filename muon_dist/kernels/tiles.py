@@ -109,8 +109,8 @@ def load_search(search, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def load_tile(elements, scales, levels, tile, FORMAT: tl.constexpr):
-    """The stored values of a tile, fp32; zeros where there are none."""
+def load_tile(elements, scales, levels, tile, factor, FORMAT: tl.constexpr):
+    """The stored values of a tile times ``factor``, fp32; zeros where there are none."""
     (place, mask), (pair, pair_mask), (scale_place, scale_mask), exists = tile
     if FORMAT == "block4":
         values = tl.where(exists, block4.load_codes(elements, levels, pair, pair_mask), 0.0)
@@ -123,8 +123,8 @@ def load_tile(elements, scales, levels, tile, FORMAT: tl.constexpr):
         else:
             values = stored.to(tl.float32)
     if FORMAT == "linear8" or FORMAT == "dynamic8" or FORMAT == "unsigned8" or FORMAT == "block4":
-        values *= tl.load(scales + scale_place, mask=scale_mask, other=0).to(tl.float32)
-    return values
+        factor *= tl.load(scales + scale_place, mask=scale_mask, other=0).to(tl.float32)
+    return values * factor
 
 
 @triton.jit
@@ -180,9 +180,10 @@ def encode_dynamic8(values, search, SIGNED: tl.constexpr):
     """uint8 codes [ROWS, COLS] and bf16 scales [ROWS, 1], with the sign of the largest element."""
     largest = _signed_largest(values) if SIGNED else _largest(values, 1)
     scale, inverse = _scale(largest)
-    # The largest element has the last code wherever rounding the scale puts it; NaN is equal to none.
-    largest = tl.where(scale.to(tl.float32) != 0, largest, float("nan"))
-    fractions = tl.where(values == largest, 1.0, values * inverse)
+    # The largest element has the last code wherever rounding the scale puts it, and NaN has it too, being neither below
+    # nor above. No element of a block that is stored as zeros is infinite.
+    largest = tl.where(scale.to(tl.float32) != 0, largest, float("inf"))
+    fractions = tl.where((values < largest) | (values > largest), values * inverse, 1.0)
     return dynamic8.encode(fractions, search, SIGNED), scale
 
 
