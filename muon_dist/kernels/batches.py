@@ -32,6 +32,10 @@ from muon_dist.kernels.tiles import TILE_ELEMENTS, load_levels, load_search, loa
 # multiprocessors to the polar factors that run meanwhile.
 _HOST_PROGRAMS = 16
 _HOST_TILE = 8 * TILE_ELEMENTS
+# Of launches that accumulate: a program takes so many tiles one after the other, since what it does before the first
+# is a sixth of what a tile takes; but there are to be programs enough for every multiprocessor, several times.
+_TILES = 4
+_PROGRAMS = 4096
 
 
 class Entry(NamedTuple):
@@ -112,7 +116,8 @@ class AccumulateBatch:
         for key, rows in self._pieces.items():
             device, dtype, momentum, packed, block, is_on_host, beta, nesterov = key
             table = table_on(device, rows, self._taken)
-            launch = grid(rows, block)
+            tiles, pieces = grid(rows, block)
+            launch = (max(-(-tiles // _TILES), min(tiles, -(-_PROGRAMS // pieces))), pieces)
             shape = constants(block)
             if is_on_host:
                 launch = (max(1, _HOST_PROGRAMS // len(rows)), len(rows))
@@ -177,7 +182,7 @@ def _accumulate(
     ROWS: tl.constexpr,
 ):
     fields = table + tl.program_id(1) * FIELDS
-    rows = tl.load(fields)
+    rows = tl.load(fields).to(tl.int32)  # blocks; a piece has fewer than 2^31
     gradient = pointer_in(fields + 1, GRADIENT)
     elements = pointer_in(fields + 2, MOMENTUM)
     scales = pointer_in(fields + 3, "bf16")
@@ -208,7 +213,7 @@ def _apply(
     ROWS: tl.constexpr,
 ):
     fields = table + tl.program_id(1) * FIELDS
-    rows = tl.load(fields)
+    rows = tl.load(fields).to(tl.int32)  # blocks; a piece has fewer than 2^31
     levels = load_levels(levels, UPDATE)  # not under the condition, as in adamw.py
     if tl.program_id(0) * ROWS < rows:
         weight = pointer_in(fields + 1, WEIGHT)
