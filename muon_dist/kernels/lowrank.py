@@ -136,7 +136,9 @@ def _accumulate(
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
     tile = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
-    (place, mask), (pair, pair_mask), (row, row_mask), _ = tile
+    place, mask = tile[0]
+    pair, pair_mask = tile[1]
+    row, row_mask = tile[2]
     levels = load_levels(levels, REST)
     elements = pointer_in(fields + 2, REST)
     scales = pointer_in(fields + 3, "bf16")

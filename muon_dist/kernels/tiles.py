@@ -111,7 +111,10 @@ def load_search(search, FORMAT: tl.constexpr):
 @triton.jit
 def load_tile(elements, scales, levels, tile, factor, FORMAT: tl.constexpr):
     """The stored values of a tile times ``factor``, fp32; zeros where there are none."""
-    (place, mask), (pair, pair_mask), (scale_place, scale_mask), exists = tile
+    of_elements, of_pairs, of_scales, exists = tile
+    place, mask = of_elements
+    pair, pair_mask = of_pairs
+    scale_place, scale_mask = of_scales
     if FORMAT == "block4":
         values = tl.where(exists, block4.load_codes(elements, levels, pair, pair_mask), 0.0)
     else:
@@ -130,7 +133,10 @@ def load_tile(elements, scales, levels, tile, factor, FORMAT: tl.constexpr):
 @triton.jit
 def store_tile(values, elements, scales, search, tile, FORMAT: tl.constexpr):
     """Encodes a tile and stores it. ``values`` are zero outside the mask."""
-    (place, mask), (pair, pair_mask), (scale_place, scale_mask), exists = tile
+    of_elements, of_pairs, of_scales, exists = tile
+    place, mask = of_elements
+    pair, pair_mask = of_pairs
+    scale_place, scale_mask = of_scales
     if FORMAT == "linear8":
         codes, scale = encode_linear8(values)
         tl.store(elements + place, codes, mask=mask)
