@@ -29,7 +29,7 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import Tiling, load_levels, load_search, load_tile, store_tile, tile_of
+from muon_dist.kernels.tiles import Tiling, compilation, load_levels, load_search, load_tile, store_tile, tile_of
 
 # Larger parameters have launches of their own: every piece of a launch is given as many programs as the largest needs.
 _SMALL = 1 << 20
@@ -73,6 +73,7 @@ def adamw(weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second
         *rates,
         FIRST=first.format,
         SECOND=second.format,
+        **compilation(first.format),
         **tiling.constants,
     )
 
@@ -113,6 +114,7 @@ class AdamWBatch:
                 FIRST=first,
                 SECOND=second,
                 FIELDS=len(rows[0]),
+                **compilation(first),
                 **constants(block),
             )
 

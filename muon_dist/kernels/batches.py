@@ -26,7 +26,7 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import TILE_ELEMENTS, load_levels, load_search, load_tile, store_tile
+from muon_dist.kernels.tiles import TILE_ELEMENTS, compilation, load_levels, load_search, load_tile, store_tile
 
 # Of launches that read and write momentum on the host: a few large programs are enough for the bus, and leave the other
 # multiprocessors to the polar factors that run meanwhile.
@@ -118,7 +118,7 @@ class AccumulateBatch:
             table = table_on(device, rows, self._taken)
             tiles, pieces = grid(rows, block)
             launch = (max(-(-tiles // _TILES), min(tiles, -(-_PROGRAMS // pieces))), pieces)
-            shape = constants(block)
+            shape = constants(block) | compilation(momentum)
             if is_on_host:
                 launch = (max(1, _HOST_PROGRAMS // len(rows)), len(rows))
                 shape = {"BLOCK": block, "ROWS": _HOST_TILE // block, "num_warps": 16}

@@ -59,6 +59,12 @@ def block_of(cols: int, *values: Encoded) -> int:
     return next((min(v.block, cols) for v in values if v.block is not None), min(_PLAIN_BLOCK, cols))
 
 
+def compilation(format: str) -> dict[str, int]:
+    """Options of launches that read and write values in a format: dynamic8's look-ups would take 120 registers, with
+    which four programs fit on a multiprocessor instead of five."""
+    return {"maxnreg": 96} if format == "dynamic8" else {}
+
+
 @lru_cache(maxsize=4096)
 def _tiling(rows: int, cols: int, stride: int, block: int) -> Tiling:
     numel = rows * cols
