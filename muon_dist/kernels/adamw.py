@@ -225,7 +225,7 @@ def _updated(w, g, m, v, t, lr, weight1, weight2, log2_beta1, log2_beta2, eps, d
     v += weight2 * (g * g - v)
     rate = lr / (1 - tl.exp2(t * log2_beta1))
     correction2 = 1 / (1 - tl.exp2(t * log2_beta2))
-    # The inverse root of the square takes fewer instructions than a division. The square is to be a normal number; the
-    # root of a v that is one is larger than this.
+    # The inverse root of the divisor's square costs less than a division. The bound only matters where v is no normal
+    # number.
     divisor = tl.maximum(tl.sqrt(v * correction2) + eps, _SMALLEST_DIVISOR)
     return w * decay - rate * m * tl.rsqrt(divisor * divisor), m, v
