@@ -12,6 +12,7 @@ maps:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,6 +44,11 @@ LEVELS: dict[Map, tuple[float, ...]] = {
     "nf4": _NF4_NEGATIVE + _NF4_POSITIVE,
     "lloyd4": tuple(-level for level in reversed(_LLOYD4)) + _LLOYD4,
 }
+
+
+# Of equal width, from -1.14 to 1.14. A cell is narrower than the distance of any two borders.
+_CELLS = 32
+_CELLS_PER_UNIT = 14
 
 
 @dataclass(frozen=True)
@@ -100,5 +106,15 @@ def nearest(fractions: Tensor, name: Map) -> Tensor:
 def tables_on(device: torch.device, name: Map) -> Tables:
     """The levels of a map, ascending, and the borders half-way between neighbours, on ``device``."""
     levels = torch.tensor(LEVELS[name], dtype=torch.float64)
-    borders = ((levels[:-1] + levels[1:]) / 2).float().to(device)
-    return Tables(levels.float().to(device), borders)
+    borders = ((levels[:-1] + levels[1:]) / 2).float()
+    return Tables(levels.float().to(device), borders.to(device), _cells(borders).to(device))
+
+
+def _cells(borders: Tensor) -> Tensor:
+    """What ``kernels/block4.py`` looks up, int64 [32]: of each cell, the border in it (fp32, infinite where there is
+    none) in the low half, and the number of borders before the cell in the high half."""
+    # Kernels tell eighths of a cell apart, and round to them.
+    cell_of_border = (borders.double() * _CELLS_PER_UNIT + _CELLS / 2 + 1 / 16).floor().long()
+    border = torch.full((_CELLS,), math.inf).scatter(0, cell_of_border, borders)
+    before = (cell_of_border < torch.arange(_CELLS).unsqueeze(1)).sum(1)
+    return before << 32 | border.view(torch.int32).long() & 0xFFFFFFFF

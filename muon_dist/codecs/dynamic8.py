@@ -7,12 +7,14 @@ et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861; the le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from muon_dist.codecs.blocks import (
     SCALE_DTYPE,
@@ -89,4 +91,5 @@ def _map_on(device: torch.device, signed: bool) -> Tables:
     """The levels, and the borders half-way between neighbours, on ``device``."""
     levels = torch.tensor(dynamic_map(signed), dtype=torch.float64)
     borders = ((levels[:-1] + levels[1:]) / 2).float()
-    return Tables(levels.float().to(device), borders.to(device))
+    above = functional.pad(torch.nextafter(borders, torch.tensor(math.inf)), (1, 0), value=-math.inf)
+    return Tables(levels.float().to(device), borders.to(device), above.to(device))

@@ -32,10 +32,12 @@ class Tables(NamedTuple):
     Attributes:
         levels: fp32, ascending.
         borders: fp32, one less: an element has as its code the number of borders below it.
+        search: the borders as kernels look them up; ``kernels/block4.py`` and ``kernels/dynamic8.py`` say how.
     """
 
     levels: Tensor
     borders: Tensor
+    search: Tensor
 
 
 class Encoded(NamedTuple):
@@ -56,7 +58,7 @@ class Encoded(NamedTuple):
 
     @property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Elements, scales, levels and borders; the elements stand in for what the format does not have."""
+        """Elements, scales, levels and search; the elements stand in for what the format does not have."""
         elements = self.buffers["codes"] if "codes" in self.buffers else self.buffers[""]
         scales = self.buffers.get("scales", self.buffers.get("row_scales", elements))
         return elements, scales, *look_ups(self.tables, elements)
@@ -78,8 +80,8 @@ def tables_of(*values: Encoded) -> Tables | None:
 
 
 def look_ups(tables: Tables | None, stand_in: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels and borders, as kernels take them; any tensor stands in where there are none."""
-    return tables or (stand_in, stand_in)
+    """Levels and search, as kernels take them; any tensor stands in where there are none."""
+    return (tables.levels, tables.search) if tables is not None else (stand_in, stand_in)
 
 
 def fit(shape: Sequence[int], *values: Encoded) -> bool:

@@ -29,10 +29,11 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import Tiling, load_borders, load_levels, load_tile, store_tile, tile_of
+from muon_dist.kernels.tiles import Tiling, compilation, load_levels, load_search, load_tile, store_tile, tile_of
 
 # Larger parameters have launches of their own: every piece of a launch is given as many programs as the largest needs.
 _SMALL = 1 << 20
+_SMALLEST_DIVISOR = tl.constexpr(2.0**-63)
 
 
 class Rates(NamedTuple):
@@ -72,6 +73,7 @@ def adamw(weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second
         *rates,
         FIRST=first.format,
         SECOND=second.format,
+        **compilation(first.format),
         **tiling.constants,
     )
 
@@ -112,6 +114,7 @@ class AdamWBatch:
                 FIRST=first,
                 SECOND=second,
                 FIELDS=len(rows[0]),
+                **compilation(first),
                 **constants(block),
             )
 
@@ -124,11 +127,11 @@ def _adamw(
     first,
     first_scales,
     first_levels,
-    first_borders,
+    first_search,
     second,
     second_scales,
     second_levels,
-    second_borders,
+    second_search,
     rows,
     cols,
     stride,
@@ -148,17 +151,18 @@ def _adamw(
     COLS: tl.constexpr,
 ):
     first_levels, second_levels = load_levels(first_levels, FIRST), load_levels(second_levels, SECOND)
-    first_borders, second_borders = load_borders(first_borders, FIRST), load_borders(second_borders, SECOND)
+    first_search, second_search = load_search(first_search, FIRST), load_search(second_search, SECOND)
     t = tl.load(step)
     rows = tl.where(t > 0, rows, 0)  # masks all of a step that is not taken
-    there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    _, mask = tile[0]
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)
-    m = load_tile(first, first_scales, first_levels, place, mask, scale_place, scale_mask, FIRST)
-    v = load_tile(second, second_scales, second_levels, place, mask, scale_place, scale_mask, SECOND)
+    m = load_tile(first, first_scales, first_levels, tile, 1 - weight1, FIRST)
+    v = load_tile(second, second_scales, second_levels, tile, 1.0, SECOND)
     w, m, v = _updated(w, g, m, v, t, lr, weight1, weight2, log2_beta1, log2_beta2, eps, decay)
-    store_tile(m, first, first_scales, first_borders, place, mask, scale_place, scale_mask, FIRST)
-    store_tile(v, second, second_scales, second_borders, place, mask, scale_place, scale_mask, SECOND)
+    store_tile(m, first, first_scales, first_search, tile, FIRST)
+    store_tile(v, second, second_scales, second_search, tile, SECOND)
     tl.store(weight + there, w, mask=mask)
 
 
@@ -166,9 +170,9 @@ def _adamw(
 def _adamw_many(
     table,
     first_levels,
-    first_borders,
+    first_search,
     second_levels,
-    second_borders,
+    second_search,
     WEIGHT: tl.constexpr,
     GRADIENT: tl.constexpr,
     FIRST: tl.constexpr,
@@ -181,18 +185,20 @@ def _adamw_many(
     rows = tl.load(fields)
     # Not under the condition: Triton has no types for names that are maps there and pointers elsewhere.
     first_levels, second_levels = load_levels(first_levels, FIRST), load_levels(second_levels, SECOND)
-    first_borders, second_borders = load_borders(first_borders, FIRST), load_borders(second_borders, SECOND)
+    first_search, second_search = load_search(first_search, FIRST), load_search(second_search, SECOND)
     if tl.program_id(0) * ROWS < rows:
         gradient = pointer_in(fields + 1, GRADIENT)
         weight = pointer_in(fields + 2, WEIGHT)
         first, first_scales = pointer_in(fields + 3, FIRST), pointer_in(fields + 4, "bf16")
         second, second_scales = pointer_in(fields + 5, SECOND), pointer_in(fields + 6, "bf16")
         t = tl.load(tl.load(fields + 7).to(tl.pointer_type(tl.float32)))
-        place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
+        tile = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
+        place, mask = tile[0]
         g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
         w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
-        m = load_tile(first, first_scales, first_levels, place, mask, row, row_mask, FIRST)
-        v = load_tile(second, second_scales, second_levels, place, mask, row, row_mask, SECOND)
+        weight1 = number_in(fields + 9)
+        m = load_tile(first, first_scales, first_levels, tile, 1 - weight1, FIRST)
+        v = load_tile(second, second_scales, second_levels, tile, 1.0, SECOND)
         w, m, v = _updated(
             w,
             g,
@@ -200,23 +206,26 @@ def _adamw_many(
             v,
             t,
             number_in(fields + 8),
-            number_in(fields + 9),
+            weight1,
             number_in(fields + 10),
             number_in(fields + 11),
             number_in(fields + 12),
             number_in(fields + 13),
             number_in(fields + 14),
         )
-        store_tile(m, first, first_scales, first_borders, place, mask, row, row_mask, FIRST)
-        store_tile(v, second, second_scales, second_borders, place, mask, row, row_mask, SECOND)
+        store_tile(m, first, first_scales, first_search, tile, FIRST)
+        store_tile(v, second, second_scales, second_search, tile, SECOND)
         tl.store(weight + place, w, mask=mask)
 
 
 @triton.jit
 def _updated(w, g, m, v, t, lr, weight1, weight2, log2_beta1, log2_beta2, eps, decay):
-    """Weight and moments after step ``t``."""
-    m += weight1 * (g - m)
+    """Weight and moments after step ``t``; ``m`` has decayed."""
+    m += weight1 * g
     v += weight2 * (g * g - v)
     rate = lr / (1 - tl.exp2(t * log2_beta1))
     correction2 = 1 / (1 - tl.exp2(t * log2_beta2))
-    return w * decay - rate * m / (tl.sqrt(v * correction2) + eps), m, v
+    # The inverse root of the divisor's square costs less than a division. The bound only matters where v is no normal
+    # number.
+    divisor = tl.maximum(tl.sqrt(v * correction2) + eps, _SMALLEST_DIVISOR)
+    return w * decay - rate * m * tl.rsqrt(divisor * divisor), m, v

@@ -26,12 +26,16 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import TILE_ELEMENTS, load_borders, load_levels, load_tile, store_tile
+from muon_dist.kernels.tiles import TILE_ELEMENTS, compilation, load_levels, load_search, load_tile, store_tile
 
 # Of launches that read and write momentum on the host: a few large programs are enough for the bus, and leave the other
 # multiprocessors to the polar factors that run meanwhile.
 _HOST_PROGRAMS = 16
 _HOST_TILE = 8 * TILE_ELEMENTS
+# Of launches that accumulate: a program takes so many tiles one after the other, since what it does before the first
+# is a sixth of what a tile takes; but there are to be programs enough for every multiprocessor, several times.
+_TILES = 4
+_PROGRAMS = 4096
 
 
 class Entry(NamedTuple):
@@ -112,8 +116,9 @@ class AccumulateBatch:
         for key, rows in self._pieces.items():
             device, dtype, momentum, packed, block, is_on_host, beta, nesterov = key
             table = table_on(device, rows, self._taken)
-            launch = grid(rows, block)
-            shape = constants(block)
+            tiles, pieces = grid(rows, block)
+            launch = (max(-(-tiles // _TILES), min(tiles, -(-_PROGRAMS // pieces))), pieces)
+            shape = constants(block) | compilation(momentum)
             if is_on_host:
                 launch = (max(1, _HOST_PROGRAMS // len(rows)), len(rows))
                 shape = {"BLOCK": block, "ROWS": _HOST_TILE // block, "num_warps": 16}
@@ -166,7 +171,7 @@ class ApplyBatch:
 def _accumulate(
     table,
     levels,
-    borders,
+    search,
     weight,
     GRADIENT: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -177,23 +182,24 @@ def _accumulate(
     ROWS: tl.constexpr,
 ):
     fields = table + tl.program_id(1) * FIELDS
-    rows = tl.load(fields)
+    rows = tl.load(fields).to(tl.int32)  # blocks; a piece has fewer than 2^31
     gradient = pointer_in(fields + 1, GRADIENT)
     elements = pointer_in(fields + 2, MOMENTUM)
     scales = pointer_in(fields + 3, "bf16")
     packed = pointer_in(fields + 4, PACKED)
     packed_scales = pointer_in(fields + 5, "bf16")
     levels = load_levels(levels, MOMENTUM)
-    packed_borders, borders = load_borders(borders, PACKED), load_borders(borders, MOMENTUM)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        place, mask, row, row_mask = tile_of_piece(tile, rows, BLOCK, ROWS)
+    packed_search, search = load_search(search, PACKED), load_search(search, MOMENTUM)
+    for index in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        tile = tile_of_piece(index, rows, BLOCK, ROWS)
+        place, mask = tile[0]
         g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
-        m = load_tile(elements, scales, levels, place, mask, row, row_mask, MOMENTUM)
-        m += weight * (g - m)
-        store_tile(m, elements, scales, borders, place, mask, row, row_mask, MOMENTUM)
+        g *= weight
+        m = load_tile(elements, scales, levels, tile, 1 - weight, MOMENTUM) + g
+        store_tile(m, elements, scales, search, tile, MOMENTUM)
         if NESTEROV:
-            m -= weight * (m - g)
-        store_tile(m, packed, packed_scales, packed_borders, place, mask, row, row_mask, PACKED)
+            m = (1 - weight) * m + g
+        store_tile(m, packed, packed_scales, packed_search, tile, PACKED)
 
 
 @triton.jit
@@ -207,7 +213,7 @@ def _apply(
     ROWS: tl.constexpr,
 ):
     fields = table + tl.program_id(1) * FIELDS
-    rows = tl.load(fields)
+    rows = tl.load(fields).to(tl.int32)  # blocks; a piece has fewer than 2^31
     levels = load_levels(levels, UPDATE)  # not under the condition, as in adamw.py
     if tl.program_id(0) * ROWS < rows:
         weight = pointer_in(fields + 1, WEIGHT)
@@ -215,7 +221,8 @@ def _apply(
         scales = pointer_in(fields + 3, "bf16")
         decay = number_in(fields + 4)
         factor = number_in(fields + 5)
-        place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
-        u = load_tile(elements, scales, levels, place, mask, row, row_mask, UPDATE)
+        tile = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
+        place, mask = tile[0]
+        u = load_tile(elements, scales, levels, tile, factor, UPDATE)
         w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
-        tl.store(weight + place, w * decay + factor * u, mask=mask)
+        tl.store(weight + place, w * decay + u, mask=mask)

@@ -19,25 +19,14 @@ def look_up(table, index):
 
 
 @triton.jit
-def load_borders(borders):
-    """What ``encode`` looks up, fp32 [256]: the smallest number above the border before each code; the first has
-    none."""
-    code = tl.arange(0, 256)
-    bits = tl.load(borders + code - 1, mask=code > 0, other=0).to(tl.int32, bitcast=True)
-    above = tl.where(bits < 0, bits - 1, bits + 1).to(tl.float32, bitcast=True)
-    return tl.where(code > 0, above, float("-inf"))
-
-
-@triton.jit
 def encode(fractions, above, SIGNED: tl.constexpr):
-    """The number of borders below each fraction: codes of the nearest levels, uint8. NaN has some code.
+    """The number of borders below each fraction: codes of the nearest levels, uint8.
 
     Args:
-        fractions: fp32, of any shape; finite.
-        above: what ``load_borders`` made.
+        fractions: fp32, of any shape, no NaN, at most 1.004 in magnitude; not negative if not SIGNED.
+        above: fp32 [256], the smallest number above the border before each code; -inf before the first.
     """
-    # Added to 2^23, a guess is rounded to an integer and lies in the last bits.
-    code = (guess(fractions, SIGNED) + 8388608.0).to(tl.int32, bitcast=True) & 255
+    code = guess(fractions, SIGNED).to(tl.uint32).to(tl.int32)  # 0 where a guess is negative, on GPUs
     # Before the border there is the code below. The sign of a difference as 0 or -1 costs less than to compare and
     # choose.
     before = (fractions - look_up(above, code)).to(tl.int32, bitcast=True) >> 31
@@ -46,26 +35,27 @@ def encode(fractions, above, SIGNED: tl.constexpr):
 
 @triton.jit
 def guess(x, SIGNED: tl.constexpr):
-    """Where fractions lie in the map, fp32 from 0 to 255: at the border before a code within a half of that code.
+    """Where fractions lie in the map, fp32, above 0 and below 256: at the border before code c between c and c + 1.
 
-    In a decade the map's levels are equally far apart, so a sum of ramps fits it, one for each decade.
+    In a decade the map's levels are equally far apart, so a sum of ramps fits it, one for each decade. The last needs
+    no end.
     """
     if SIGNED:
-        # Odd around zero's 127.5. The two smallest decades, which have three levels, share a ramp.
-        place = 4.7382 * _ramp(x, 0.5 / 4.5e-6, 0.5)
+        # Odd around zero, but for half a code. The two smallest decades, which have three levels, share a ramp.
+        place = 4.7382 * _ramp(x, 0.5 / 4.5e-6, 0.5) + 71.6111
         place += 8.4840 * _ramp(x, 0.5e4, 0.5)
         place += 14.2222 * _ramp(x, 0.5e3, 0.5)
         place += 28.4444 * _ramp(x, 0.5e2, 0.5)
         place += 56.8889 * _ramp(x, 0.5e1, 0.5)
-        place += 142.2222 * _ramp(x, 0.5, 0.5)
+        place += 71.1111 * x
     else:
-        place = 1.8056 * _ramp(x, 1e6, 0.0) + 0.75
+        place = 1.8056 * _ramp(x, 1e6, 0.0) + 1.15
         place += 3.5556 * _ramp(x, 1e5, 0.0)
         place += 7.1111 * _ramp(x, 1e4, 0.0)
         place += 14.2222 * _ramp(x, 1e3, 0.0)
         place += 28.4444 * _ramp(x, 1e2, 0.0)
         place += 56.8889 * _ramp(x, 1e1, 0.0)
-        place += 142.2222 * _ramp(x, 1.0, 0.0)
+        place += 142.2222 * x
     return place
 
 

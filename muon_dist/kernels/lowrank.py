@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muon_dist.kernels import Encoded, fit
+from muon_dist.kernels.block4 import load_codes, store_codes
 from muon_dist.kernels.table import (
     FORMATS,
     addresses,
@@ -27,15 +28,7 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import (
-    encode_grid,
-    load_borders,
-    load_codes4,
-    load_levels,
-    load_tile,
-    store_codes4,
-    store_tile,
-)
+from muon_dist.kernels.tiles import encode_grid, load_levels, load_search, load_tile, store_tile
 
 
 class Pieces(NamedTuple):
@@ -142,7 +135,10 @@ def _accumulate(
 ):
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
-    place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
+    tile = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
+    place, mask = tile[0]
+    pair, pair_mask = tile[1]
+    row, row_mask = tile[2]
     levels = load_levels(levels, REST)
     elements = pointer_in(fields + 2, REST)
     scales = pointer_in(fields + 3, "bf16")
@@ -152,19 +148,20 @@ def _accumulate(
         of_row = tl.load(scales + row, mask=row_mask, other=0).to(tl.float32)
         of_column = tl.load(of_columns + tl.arange(0, BLOCK)[None, :], mask=mask, other=0).to(tl.float32)
         scale = tl.minimum(of_row, of_column, propagate_nan=tl.PropagateNan.ALL)
-        m = load_codes4(elements, levels, place, mask) * scale
+        m = load_codes(elements, levels, pair, pair_mask) * scale
     else:
-        m = load_tile(elements, scales, levels, place, mask, row, row_mask, REST)
+        m = load_tile(elements, scales, levels, tile, 1.0, REST)
     place_in_stack = tl.program_id(1) * rows * BLOCK + place
     m += tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)
     g = tl.load(pointer_in(fields + 1, GRADIENT) + place, mask=mask, other=0).to(tl.float32)
-    m += weight * (g - m)
+    g *= weight
+    m = (1 - weight) * m + g
     tl.store(low + place_in_stack, m, mask=mask)
     if NESTEROV:
-        m -= weight * (m - g)
+        m = (1 - weight) * m + g
     packed = pointer_in(fields + 4, PACKED)
     packed_scales = pointer_in(fields + 5, "bf16")
-    store_tile(m, packed, packed_scales, levels, place, mask, row, row_mask, PACKED)
+    store_tile(m, packed, packed_scales, levels, tile, PACKED)
 
 
 @triton.jit
@@ -172,7 +169,7 @@ def _store(
     table,
     momentum,
     low,
-    borders,
+    search,
     REST: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -180,14 +177,15 @@ def _store(
 ):
     fields = table + tl.program_id(1) * FIELDS
     rows = tl.load(fields)
-    place, mask, row, row_mask = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
+    tile = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
+    place, mask = tile[0]
     place_in_stack = tl.program_id(1) * rows * BLOCK + place
-    borders = load_borders(borders, REST)
+    search = load_search(search, REST)
     left = tl.load(momentum + place_in_stack, mask=mask, other=0).to(tl.float32)
     left -= tl.load(low + place_in_stack, mask=mask, other=0).to(tl.float32)
     elements = pointer_in(fields + 2, REST)
     scales = pointer_in(fields + 3, "bf16")
-    store_tile(left, elements, scales, borders, place, mask, row, row_mask, REST)
+    store_tile(left, elements, scales, search, tile, REST)
 
 
 @triton.jit
@@ -216,7 +214,9 @@ def _store_grid(
     left = tl.load(momentum + in_stack + place, mask=mask, other=0).to(tl.float32)
     left -= tl.load(low + in_stack + place, mask=mask, other=0).to(tl.float32)
     codes, of_row, of_column = encode_grid(left)
-    store_codes4(codes, pointer_in(fields + 2, "grid4") + start // 2, place, mask)
+    pair = row * (cols // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    pair_mask = tl.broadcast_to(row < height, (TILE, BLOCK // 2))
+    store_codes(codes, pointer_in(fields + 2, "grid4") + start // 2, pair, pair_mask)
     tl.store(pointer_in(fields + 3, "bf16") + (first_row + row) * blocks + block, of_row, mask=row < height)
     any_row = tl.max(mask.to(tl.int32), axis=0, keep_dims=True) != 0
     col = block * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muon_dist.kernels import Encoded, look_ups, tables_of
-from muon_dist.kernels.tiles import Tiling, load_borders, load_levels, load_tile, store_tile, tile_of
+from muon_dist.kernels.tiles import Tiling, load_levels, load_search, load_tile, store_tile, tile_of
 
 
 def accumulate(gradient: Tensor, momentum: Encoded, packed: Encoded, beta: float, nesterov: bool) -> None:
@@ -63,7 +63,7 @@ def _accumulate(
     elements,
     scales,
     levels,
-    borders,
+    search,
     packed,
     packed_scales,
     rows,
@@ -80,15 +80,16 @@ def _accumulate(
     COLS: tl.constexpr,
 ):
     levels = load_levels(levels, MOMENTUM)
-    packed_borders, borders = load_borders(borders, PACKED), load_borders(borders, MOMENTUM)
-    there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    packed_search, search = load_search(search, PACKED), load_search(search, MOMENTUM)
+    there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    _, mask = tile[0]
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
-    m = load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, MOMENTUM)
-    m += weight * (g - m)
-    store_tile(m, elements, scales, borders, place, mask, scale_place, scale_mask, MOMENTUM)
+    g *= weight
+    m = load_tile(elements, scales, levels, tile, 1 - weight, MOMENTUM) + g
+    store_tile(m, elements, scales, search, tile, MOMENTUM)
     if NESTEROV:
-        m -= weight * (m - g)
-    store_tile(m, packed, packed_scales, packed_borders, place, mask, scale_place, scale_mask, PACKED)
+        m = (1 - weight) * m + g
+    store_tile(m, packed, packed_scales, packed_search, tile, PACKED)
 
 
 @triton.jit
@@ -110,7 +111,8 @@ def _apply(
     COLS: tl.constexpr,
 ):
     levels = load_levels(levels, UPDATE)
-    there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
-    u = load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, UPDATE)
+    there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    _, mask = tile[0]
+    u = load_tile(elements, scales, levels, tile, factor, UPDATE)
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)
-    tl.store(weight + there, w * decay + factor * u, mask=mask)
+    tl.store(weight + there, w * decay + u, mask=mask)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muon_dist.kernels import Encoded
-from muon_dist.kernels.tiles import Tiling, load_borders, load_levels, load_tile, store_tile, tile_of
+from muon_dist.kernels.tiles import Tiling, load_levels, load_search, load_tile, store_tile, tile_of
 
 
 def encode(values: Tensor, stored: Encoded) -> None:
@@ -45,7 +45,7 @@ def _encode(
     elements,
     scales,
     levels,
-    borders,
+    search,
     rows,
     cols,
     stride,
@@ -65,10 +65,11 @@ def _encode(
     i, j = (tl.program_id(2) // m).to(tl.int64), (tl.program_id(2) % m).to(tl.int64)
     elements += i * elements_stride0 + j * elements_stride1
     scales += i * scales_stride0 + j * scales_stride1
-    there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
-    borders = load_borders(borders, FORMAT)
+    there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    _, mask = tile[0]
+    search = load_search(search, FORMAT)
     x = tl.load(values + there, mask=mask, other=0).to(tl.float32)
-    store_tile(x, elements, scales, borders, place, mask, scale_place, scale_mask, FORMAT)
+    store_tile(x, elements, scales, search, tile, FORMAT)
 
 
 @triton.jit
@@ -96,7 +97,8 @@ def _decode(
     i, j = (tl.program_id(2) // m).to(tl.int64), (tl.program_id(2) % m).to(tl.int64)
     elements += i * elements_stride0 + j * elements_stride1
     scales += i * scales_stride0 + j * scales_stride1
-    there, place, mask, scale_place, scale_mask = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    _, mask = tile[0]
     levels = load_levels(levels, FORMAT)
-    x = load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, FORMAT)
+    x = load_tile(elements, scales, levels, tile, 1.0, FORMAT)
     tl.store(out + there, x, mask=mask)

@@ -88,7 +88,12 @@ def number_in(field):
 
 @triton.jit
 def tile_of_piece(tile, rows, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Places [ROWS, BLOCK] and rows [ROWS, 1] of a tile, a block a row, with their masks."""
+    """A tile as ``load_tile`` takes it, a block a row: rows that are there are whole."""
     row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     inside = tl.arange(0, BLOCK)[None, :]
-    return row * BLOCK + inside, (row < rows) & (inside < BLOCK), row, row < rows
+    mask = tl.broadcast_to(row < rows, (ROWS, BLOCK))
+    exists = tl.full((ROWS, BLOCK), True, tl.int1)
+    half: tl.constexpr = max(1, BLOCK // 2)
+    pair = row * half + tl.arange(0, half)[None, :]
+    pair_mask = tl.broadcast_to(row < rows, (ROWS, half))
+    return (row * BLOCK + inside, mask), (pair, pair_mask), (row, row < rows), exists

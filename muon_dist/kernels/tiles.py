@@ -1,7 +1,14 @@
 """Parts of kernels: a tile of encoded values, loaded as fp32 and stored back, in each of the formats.
 
-A tile is some rows of one block: [ROWS, COLS], where COLS is the block length rounded up to a power of two. The
-formats and their rounding are those of ``muon_dist.codecs``; their docstrings have the sources.
+A tile is some rows of one block: [ROWS, COLS], where COLS is the block length rounded up to a power of two. Kernels say
+where it is by three places with their masks, and one mask more:
+
+- among elements, [ROWS, COLS];
+- among bytes of two codes, [ROWS, COLS / 2];
+- among scales, [ROWS, 1];
+- which elements are there in the rows that are, [ROWS, COLS].
+
+The formats and their rounding are those of ``muon_dist.codecs``; their docstrings have the sources.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muon_dist.kernels import Encoded, dynamic8
+from muon_dist.kernels import Encoded, block4, dynamic8
 from muon_dist.kernels.dynamic8 import look_up
 
 # Elements of a tile: 16 a thread in four warps. Measured: smaller and larger tiles are slower.
@@ -52,6 +59,12 @@ def block_of(cols: int, *values: Encoded) -> int:
     return next((min(v.block, cols) for v in values if v.block is not None), min(_PLAIN_BLOCK, cols))
 
 
+def compilation(format: str) -> dict[str, int]:
+    """Options of launches that read and write values in a format: dynamic8's look-ups would take 120 registers, with
+    which four programs fit on a multiprocessor instead of five."""
+    return {"maxnreg": 96} if format == "dynamic8" else {}
+
+
 @lru_cache(maxsize=4096)
 def _tiling(rows: int, cols: int, stride: int, block: int) -> Tiling:
     numel = rows * cols
@@ -66,14 +79,19 @@ def _tiling(rows: int, cols: int, stride: int, block: int) -> Tiling:
 
 @triton.jit
 def tile_of(rows, cols, stride, blocks, numel, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """This program's tile: places [ROWS, COLS] in the plain tensor and among the elements, with their mask, and places
-    [ROWS, 1] among the scales, with theirs. All are 64 bits wide."""
+    """This program's tile: places [ROWS, COLS] in the plain tensor, and what ``load_tile`` takes; all 64 bits wide."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     inside = tl.arange(0, COLS)[None, :]
     col = tl.program_id(1) * BLOCK + inside
     place = row * cols + col
     mask = (row < rows) & (inside < BLOCK) & (col < cols) & (place < numel)
-    return row * stride + col, place, mask, row * blocks + tl.program_id(1), row < rows
+    half: tl.constexpr = max(1, COLS // 2)
+    first = 2 * tl.arange(0, half)[None, :]
+    first_col = tl.program_id(1) * BLOCK + first
+    pair = row * (cols // 2) + tl.program_id(1) * (BLOCK // 2) + tl.arange(0, half)[None, :]
+    pair_mask = (row < rows) & (first < BLOCK) & (first_col < cols) & (row * cols + first_col < numel)
+    scale_place = row * blocks + tl.program_id(1)
+    return row * stride + col, ((place, mask), (pair, pair_mask), (scale_place, row < rows), mask)
 
 
 @triton.jit
@@ -87,18 +105,24 @@ def load_levels(levels, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def load_borders(borders, FORMAT: tl.constexpr):
+def load_search(search, FORMAT: tl.constexpr):
     """What ``store_tile`` looks up, likewise."""
     if FORMAT == "dynamic8" or FORMAT == "unsigned8":
-        borders = dynamic8.load_borders(borders)
-    return borders
+        search = tl.load(search + tl.arange(0, 256))
+    elif FORMAT == "block4":
+        search = block4.load_search(search)
+    return search
 
 
 @triton.jit
-def load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, FORMAT: tl.constexpr):
-    """The stored values of a tile, fp32; zeros outside the mask."""
+def load_tile(elements, scales, levels, tile, factor, FORMAT: tl.constexpr):
+    """The stored values of a tile times ``factor``, fp32; zeros where there are none."""
+    of_elements, of_pairs, of_scales, exists = tile
+    place, mask = of_elements
+    pair, pair_mask = of_pairs
+    scale_place, scale_mask = of_scales
     if FORMAT == "block4":
-        values = load_codes4(elements, levels, place, mask)
+        values = tl.where(exists, block4.load_codes(elements, levels, pair, pair_mask), 0.0)
     else:
         stored = tl.load(elements + place, mask=mask, other=127 if FORMAT == "dynamic8" else 0)  # dynamic8's zero
         if FORMAT == "linear8":
@@ -108,60 +132,38 @@ def load_tile(elements, scales, levels, place, mask, scale_place, scale_mask, FO
         else:
             values = stored.to(tl.float32)
     if FORMAT == "linear8" or FORMAT == "dynamic8" or FORMAT == "unsigned8" or FORMAT == "block4":
-        values *= tl.load(scales + scale_place, mask=scale_mask, other=0).to(tl.float32)
-    return values
+        factor *= tl.load(scales + scale_place, mask=scale_mask, other=0).to(tl.float32)
+    return values * factor
 
 
 @triton.jit
-def store_tile(values, elements, scales, borders, place, mask, scale_place, scale_mask, FORMAT: tl.constexpr):
+def store_tile(values, elements, scales, search, tile, FORMAT: tl.constexpr):
     """Encodes a tile and stores it. ``values`` are zero outside the mask."""
+    of_elements, of_pairs, of_scales, exists = tile
+    place, mask = of_elements
+    pair, pair_mask = of_pairs
+    scale_place, scale_mask = of_scales
     if FORMAT == "linear8":
         codes, scale = encode_linear8(values)
         tl.store(elements + place, codes, mask=mask)
         tl.store(scales + scale_place, scale, mask=scale_mask)
     elif FORMAT == "dynamic8" or FORMAT == "unsigned8":
-        codes, scale = encode_dynamic8(values, borders, FORMAT == "dynamic8")
+        codes, scale = encode_dynamic8(values, search, FORMAT == "dynamic8")
         tl.store(elements + place, codes, mask=mask)
         tl.store(scales + scale_place, scale, mask=scale_mask)
     elif FORMAT == "block4":
-        codes, scale = encode_nearest(values, borders)
-        store_codes4(codes, elements, place, mask)
+        codes, scale = encode_nearest(values, search)
+        block4.store_codes(tl.where(exists, codes, 0), elements, pair, pair_mask)
         tl.store(scales + scale_place, scale, mask=scale_mask)
     else:
         tl.store(elements + place, values, mask=mask)
 
 
 @triton.jit
-def load_codes4(elements, levels, place, mask):
-    """The levels of codes of which two share a byte, fp32, of whatever shape ``place`` is; zeros outside the mask."""
-    pair = tl.load(elements + (place >> 1), mask=mask, other=0).to(tl.int32)
-    return tl.where(mask, look_up(levels, tl.where(place & 1 == 0, pair & 15, pair >> 4)), 0.0)
-
-
-@triton.jit
-def store_codes4(codes, elements, place, mask):
-    """Stores codes, int32 [ROWS, COLS], two a byte."""
-    first, second = _pairs(tl.where(mask, codes, 0))
-    place, _ = _pairs(place)
-    inside, _ = _pairs(mask.to(tl.int32))
-    tl.store(elements + (place >> 1), (first | (second << 4)).to(tl.uint8), mask=inside != 0)
-
-
-@triton.jit
-def _pairs(values):
-    """The first and the second of each two neighbours in a row, [ROWS, COLS / 2]."""
-    return values.reshape(values.shape[0], values.shape[1] // 2, 2).split()
-
-
-@triton.jit
-def encode_nearest(values, borders):
+def encode_nearest(values, search):
     """Codes of a map of 16 levels, int32 [ROWS, COLS], and bf16 scales [ROWS, 1]."""
     scale, inverse = _scale(_largest(values, 1))
-    fractions = values * inverse
-    codes = tl.zeros(values.shape, tl.int32)
-    for i in tl.static_range(15):
-        codes += (fractions > tl.load(borders + i)).to(tl.int32)
-    return codes, scale
+    return block4.nearest(values * inverse, search), scale
 
 
 @triton.jit
@@ -186,14 +188,15 @@ def encode_linear8(values):
 
 
 @triton.jit
-def encode_dynamic8(values, borders, SIGNED: tl.constexpr):
+def encode_dynamic8(values, search, SIGNED: tl.constexpr):
     """uint8 codes [ROWS, COLS] and bf16 scales [ROWS, 1], with the sign of the largest element."""
     largest = _signed_largest(values) if SIGNED else _largest(values, 1)
     scale, inverse = _scale(largest)
-    # The largest element has the last code wherever rounding the scale puts it; NaN is equal to none.
-    largest = tl.where(scale.to(tl.float32) != 0, largest, float("nan"))
-    fractions = tl.where(values == largest, 1.0, values * inverse)
-    return dynamic8.encode(fractions, borders, SIGNED), scale
+    # The largest element has the last code wherever rounding the scale puts it, and NaN has it too, being neither below
+    # nor above. No element of a block that is stored as zeros is infinite.
+    largest = tl.where(scale.to(tl.float32) != 0, largest, float("inf"))
+    fractions = tl.where((values < largest) | (values > largest), values * inverse, 1.0)
+    return dynamic8.encode(fractions, search, SIGNED), scale
 
 
 @triton.jit

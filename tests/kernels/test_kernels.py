@@ -92,6 +92,13 @@ def test_accumulate_and_apply(momentum_state: str, wire: str, block_size: int) -
             assert float((ours - theirs).norm()) <= 0.03 * float(theirs.norm())
 
 
+@pytest.mark.parametrize("momentum_state", ["fp32", "dynamic8", "int4"])
+def test_a_program_takes_several_tiles(momentum_state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muon_dist.kernels.batches._PROGRAMS", 1)
+    tolerance = EXACT if momentum_state == "fp32" else ROUNDED
+    require_equal({"w": (130, 256)}, torch.float32, tolerance, momentum_state=momentum_state, wire="fp32")
+
+
 @pytest.mark.parametrize("momentum_state", ["linear8", "nf4", "lowrank4"])
 def test_pieces_of_parameters(momentum_state: str) -> None:
     shapes = {"experts.up": (2, 12, 40), "conv.weight": (6, 4, 3, 3), "qkv.weight": (14, 48)}
