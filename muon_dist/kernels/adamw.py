@@ -1,4 +1,4 @@
-"""AdamW in one pass over a parameter and both moments, fp32 or dynamic8; small parameters many a launch.
+"""AdamW in one pass over a parameter and both moments, fp32 or dynamic8; parameters of about a size in one launch.
 
 Reference: ``AdamWParameter.update`` in ``muon_dist/adamw.py``.
 
@@ -31,8 +31,8 @@ from muon_dist.kernels.table import (
 )
 from muon_dist.kernels.tiles import Tiling, compilation, load_levels, load_search, load_tile, store_tile, tile_of
 
-# Larger parameters have launches of their own: every piece of a launch is given as many programs as the largest needs.
-_SMALL = 1 << 20
+# Larger parameters have launches of their own, which cost the host less than they take.
+_LARGEST_OF_MANY = 1 << 25
 _SMALLEST_DIVISOR = tl.constexpr(2.0**-63)
 
 
@@ -79,7 +79,7 @@ def adamw(weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second
 
 
 class AdamWBatch:
-    """Collects small parameters for :func:`adamw`."""
+    """Collects parameters for :func:`adamw`."""
 
     def __init__(self, taken: Tensor | None) -> None:
         self._taken = taken
@@ -91,11 +91,13 @@ class AdamWBatch:
         self, weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second: Encoded, rates: Rates
     ) -> bool:
         """Whether the parameter is taken; arguments are those of :func:`adamw`, but the step is counted either way."""
-        block = common_block(weight, first, second) if weight.numel() <= _SMALL else 0
+        block = common_block(weight, first, second) if weight.numel() <= _LARGEST_OF_MANY else 0
         place = [gradient.data_ptr(), *addresses(weight, first, second)]
         if not block or not aligned(place):
             return False
-        key = (weight.device, weight.dtype, gradient.dtype, first.format, second.format, block)
+        # Every parameter of a launch is given as many programs as the largest needs: one has at most twice as many.
+        size = weight.numel().bit_length()
+        key = (weight.device, weight.dtype, gradient.dtype, first.format, second.format, block, size)
         row = [weight.numel() // block, *place, step.data_ptr(), *map(bits, rates)]
         self._pieces.setdefault(key, []).append(row)
         self._gradients.append(gradient)
@@ -105,7 +107,7 @@ class AdamWBatch:
     def launch(self) -> None:
         """Computes what was taken."""
         for key, rows in self._pieces.items():
-            device, weight, gradient, first, second, block = key
+            device, weight, gradient, first, second, block, _ = key
             _adamw_many[grid(rows, block)](
                 table_on(device, rows, self._taken),
                 *self._maps[key],

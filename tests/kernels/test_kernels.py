@@ -33,7 +33,13 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "d.weight": (3, 700),
     "e.weight": (130, 128),
 }
-ADAMW_SHAPES: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (33, 150), "norm.weight": (37,), "scale": ()}
+ADAMW_SHAPES: dict[str, tuple[int, ...]] = {
+    "embed_tokens.weight": (33, 150),
+    "lm_head.weight": (40, 256),
+    "head_norm.weight": (256,),
+    "norm.weight": (37,),
+    "scale": (),
+}
 
 
 def train(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
