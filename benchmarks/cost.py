@@ -26,22 +26,23 @@ from muon_dist.wire import WireFormat, wire_format
 
 _BF16 = 2  # bytes of a parameter's element, and of its gradient's
 _MOMENTS = 8  # bytes of AdamW's two, an element
-# Bytes read and written at the owner, an element, to unpack pieces and pack them again: plain numbers are copied,
-# codes are decoded and encoded by plain torch in some twenty passes.
+# Bytes read and written at the owner, an element, to unpack pieces and pack them again: plain numbers are copied, codes
+# are decoded to bf16 and encoded from fp16.
 _COPY_BYTES = {"fp32": 16, "bf16": 8}
-_RECODE_BYTES = 70
+_RECODE_BYTES = 6
 
 
 @dataclass(frozen=True)
 class Machine:
     """FLOPs, bytes and seconds of one GPU and its links."""
 
-    polar_rate: float = 610e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
-    polar_overhead: float = 0.2e-3  # of a batch: what it takes beside its FLOPs
+    polar_rate: float = 630e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
+    polar_overhead: float = 0.25e-3  # of a batch: what it takes beside its FLOPs
     memory_rate: float = 4.1e12  # bytes read and written by element-wise kernels
     # Host time of a piece, in Python on one CPU core: measured where the kernels take many pieces a launch.
     accumulate_host: float = 16e-6
     apply_host: float = 13e-6
+    launch_host: float = 60e-6  # and of a chunk's pieces together, for either
     lend_host: float = 4e-6  # of a copy for a replica; estimated
     ranks_per_node: int = 8
     node_rate: float = 350e9  # bytes a second of a GPU in an all-to-all within a node; expected, not measured here
@@ -158,9 +159,13 @@ def _chunk_cost(chunk: Chunk, job: Job, momentum: float, wire: WireFormat, machi
             polar[bundle.owner] += count * rows * cols * unpack / machine.memory_rate
     return ChunkCost(
         accumulate=max(
-            (held * (_BF16 + 2 * momentum) + held_bytes) / machine.memory_rate, held_pieces * machine.accumulate_host
+            (held * (_BF16 + 2 * momentum) + held_bytes) / machine.memory_rate,
+            held_pieces * machine.accumulate_host + machine.launch_host,
         ),
-        apply=max((wanted * 2 * _BF16 + wanted_bytes) / machine.memory_rate, wanted_pieces * machine.apply_host),
+        apply=max(
+            (wanted * 2 * _BF16 + wanted_bytes) / machine.memory_rate,
+            wanted_pieces * machine.apply_host + machine.launch_host,
+        ),
         polar=dict(polar),
         travel=_travel(max(held_bytes, *owned.values()), job.ranks, machine) if job.ranks > 1 else 0.0,
         lend=len(chunk.bundles) * job.replicas * machine.lend_host if chunk.spreads else 0.0,
