@@ -122,7 +122,7 @@ class Product(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Products to be made in order, of square matrices that are laid out in memory as X is: as rows, or as columns.
+    """Products to be made in order.
 
     Attributes:
         slots: square matrices to keep at a time.

@@ -67,7 +67,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def multiply_chain(x: Tensor, chain: Chain, squares: Tensor) -> None:
     """Runs the products of ``chain`` from ``x``, [n, s, k], contiguous or the transpose of such; into ``squares``, its
-    slots, [slots, n, s, s] of the same dtype."""
+    slots, [slots, n, s, s] of the same dtype: these are then transposes, too, where that makes a difference."""
     n, s, k = x.shape
     transposed = x.stride(2) != 1
     operand = [DEPTH.value, TILE.value] if transposed else [TILE.value, DEPTH.value]

@@ -24,23 +24,22 @@ def multiply_chain(x: Tensor, chain: kernels.Chain) -> Tensor:
         x: ``[n, s, l]``, contiguous, or the transpose of a contiguous one.
 
     Returns:
-        ``[n, s, s]`` in the dtype of x, laid out as x is; it keeps the memory of all slots of the chain alive.
+        ``[n, s, s]`` in the dtype of x; it keeps the memory of all slots of the chain alive.
     """
     n, s, _ = x.shape
-    memory = x.new_empty((chain.slots, n, s, s))
-    squares = memory if x.stride(-1) == 1 else memory.mT
+    squares = x.new_empty((chain.slots, n, s, s))
     if is_one_launch(x):
-        chain_kernels.multiply_chain(x, chain, memory)
-        return squares[chain.result]
+        chain_kernels.multiply_chain(x, chain, squares)
+        return squares[chain.result] if x.stride(-1) == 1 else squares[chain.result].mT
     for product in chain.products:
         a, b = (x if slot is None else squares[slot] for slot in (product.a, product.b))
         if product.rest is not None or not product.is_symmetric:
             _any_product(product, a, b, squares)
             continue
-        out, beta = memory[product.out], product.beta
-        add = None if product.add is None else memory[product.add]
+        out, beta = squares[product.out], product.beta
+        add = None if product.add is None else squares[product.add]
         if add is not None and product.also is not None:
-            torch.mul(add, beta, out=out).add_(memory[product.also], alpha=product.gamma)
+            torch.mul(add, beta, out=out).add_(squares[product.also], alpha=product.gamma)
             add, beta = out, 1.0
         symmetric_product(a, b, add, product.alpha, beta, product.diagonal, out)
     return squares[chain.result]
@@ -83,7 +82,7 @@ def symmetric_product(
 
 
 def times(q: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Q X for ``[n, s, s]`` and ``[n, s, l]``, both laid out in memory alike, as rows or as columns; also ``out``."""
+    """Q X for ``[n, s, s]`` and ``[n, s, l]``; laid out in memory as x is, also ``out``."""
     if x.stride(-1) != 1:
         return torch.bmm(x.mT, q.mT, out=None if out is None else out.mT).mT
     return torch.bmm(q, x, out=out)
