@@ -35,8 +35,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from muon_dist.kernels import Chain
+from muon_dist.kernels.chain_copies import loader, storer
+from muon_dist.kernels.chain_multiplier import multiplier
 from muon_dist.kernels.chain_tiles import DEPTH, LAYOUT, ROW, STAGES, TILE, new_barriers
-from muon_dist.kernels.chain_warps import loader, multiplier, storer
 from muon_dist.kernels.compiled import Compiled
 
 # Smaller ones were not measured.

@@ -126,3 +126,15 @@ def turned(buffer):
 @gluon.jit
 def assemble(text: gl.constexpr):
     gl.inline_asm_elementwise(text, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def on_loan(a, b, stage, w: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Room for [128, 64] in a stage of the ring."""
+    if w == 0:
+        room = a.index(stage)
+    else:
+        room = b.index(stage).slice(0, 128, dim=1 if TRANSPOSED else 0)
+    if TRANSPOSED:
+        room = turned(room)
+    return room
