@@ -40,6 +40,13 @@ def _strides(stored: Encoded) -> list[int]:
 
 
 @triton.jit
+def _of_piece(buffer, m, stride0, stride1):
+    """Where this program's piece, of [n, m], starts in a buffer."""
+    piece = tl.program_id(2)
+    return buffer + (piece // m).to(tl.int64) * stride0 + (piece % m).to(tl.int64) * stride1
+
+
+@triton.jit
 def _encode(
     values,
     elements,
@@ -62,9 +69,8 @@ def _encode(
     COLS: tl.constexpr,
 ):
     values += tl.program_id(2).to(tl.int64) * numel
-    i, j = (tl.program_id(2) // m).to(tl.int64), (tl.program_id(2) % m).to(tl.int64)
-    elements += i * elements_stride0 + j * elements_stride1
-    scales += i * scales_stride0 + j * scales_stride1
+    elements = _of_piece(elements, m, elements_stride0, elements_stride1)
+    scales = _of_piece(scales, m, scales_stride0, scales_stride1)
     there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     _, mask = tile[0]
     search = load_search(search, FORMAT)
@@ -94,9 +100,8 @@ def _decode(
     COLS: tl.constexpr,
 ):
     out += tl.program_id(2).to(tl.int64) * numel
-    i, j = (tl.program_id(2) // m).to(tl.int64), (tl.program_id(2) % m).to(tl.int64)
-    elements += i * elements_stride0 + j * elements_stride1
-    scales += i * scales_stride0 + j * scales_stride1
+    elements = _of_piece(elements, m, elements_stride0, elements_stride1)
+    scales = _of_piece(scales, m, scales_stride0, scales_stride1)
     there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     _, mask = tile[0]
     levels = load_levels(levels, FORMAT)
