@@ -32,7 +32,7 @@ from muon_dist.codecs.blocks import (
     to_blocks,
 )
 from muon_dist.codecs.protocol import BufferSpec
-from muon_dist.kernels import Encoded, Tables, reader_of
+from muon_dist.kernels import CELLS, CELLS_PER_UNIT, Encoded, Tables, reader_of
 
 Map = Literal["int4", "nf4", "lloyd4"]
 
@@ -44,11 +44,6 @@ LEVELS: dict[Map, tuple[float, ...]] = {
     "nf4": _NF4_NEGATIVE + _NF4_POSITIVE,
     "lloyd4": tuple(-level for level in reversed(_LLOYD4)) + _LLOYD4,
 }
-
-
-# Of equal width, from -1.14 to 1.14. A cell is narrower than the distance of any two borders.
-_CELLS = 32
-_CELLS_PER_UNIT = 14
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ def _cells(borders: Tensor) -> Tensor:
     """What ``kernels/block4.py`` looks up, int64 [32]: of each cell, the border in it (fp32, infinite where there is
     none) in the low half, and the number of borders before the cell in the high half."""
     # Kernels tell eighths of a cell apart, and round to them.
-    cell_of_border = (borders.double() * _CELLS_PER_UNIT + _CELLS / 2 + 1 / 16).floor().long()
-    border = torch.full((_CELLS,), math.inf).scatter(0, cell_of_border, borders)
-    before = (cell_of_border < torch.arange(_CELLS).unsqueeze(1)).sum(1)
+    cell_of_border = (borders.double() * CELLS_PER_UNIT + CELLS / 2 + 1 / 16).floor().long()
+    border = torch.full((CELLS,), math.inf).scatter(0, cell_of_border, borders)
+    before = (cell_of_border < torch.arange(CELLS).unsqueeze(1)).sum(1)
     return before << 32 | border.view(torch.int32).long() & 0xFFFFFFFF

@@ -26,6 +26,10 @@ def reader_of(tensor: Tensor) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if tensor.is_pinned() else tensor.device
 
 
+# Of 4-bit maps' search tables: cells of equal width, from -1.14 to 1.14, narrower than the distance of any two borders.
+CELLS, CELLS_PER_UNIT = 32, 14
+
+
 class Tables(NamedTuple):
     """A map of levels.
 

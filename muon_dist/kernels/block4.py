@@ -10,11 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from muon_dist.kernels import CELLS, CELLS_PER_UNIT
 from muon_dist.kernels.dynamic8 import look_up
 
-# As codecs.block4._CELLS and _CELLS_PER_UNIT.
-_CELLS = tl.constexpr(32)
-_CELLS_PER_UNIT = tl.constexpr(14.0)
+_CELLS, _CELLS_PER_UNIT = tl.constexpr(CELLS), tl.constexpr(float(CELLS_PER_UNIT))
 # That a thread takes at a time of those that lie side by side: as many elements as of bf16. With more, tiles change
 # their layout on the way, and what is cheap is computed in both.
 _BYTES = tl.constexpr(4)
