@@ -136,3 +136,15 @@ class Chain(NamedTuple):
     products: tuple[Product, ...]
     slots: int
     result: int
+
+
+# Rows of a tile of ``chain.py``, and columns of X that it takes at a time.
+CHAIN_TILE, CHAIN_DEPTH = 128, 64
+# Smaller Gram matrices were not measured.
+_SMALLEST_OF_CHAINS = 512
+
+
+def chain_takes(s: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether a chain from matrices [s, k] is one launch where ``chain.py`` runs: half precision, whole tiles."""
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return is_half and s >= _SMALLEST_OF_CHAINS and s % CHAIN_TILE == k % CHAIN_DEPTH == 0

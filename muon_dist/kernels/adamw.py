@@ -31,7 +31,7 @@ from muon_dist.kernels.table import (
 )
 from muon_dist.kernels.tiles import Tiling, compilation, load_levels, load_search, load_tile, store_tile, tile_of
 
-# Larger parameters have launches of their own, which cost the host less than they take.
+# Larger parameters have launches of their own: these take the device longer than the host.
 _LARGEST_OF_MANY = 1 << 25
 _SMALLEST_DIVISOR = tl.constexpr(2.0**-63)
 

@@ -34,14 +34,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from muon_dist.kernels import Chain
+from muon_dist.kernels import Chain, chain_takes
 from muon_dist.kernels.chain_copies import loader, storer
 from muon_dist.kernels.chain_multiplier import multiplier
 from muon_dist.kernels.chain_tiles import DEPTH, LAYOUT, ROW, STAGES, TILE, new_barriers
 from muon_dist.kernels.compiled import Compiled
 
-# Smaller ones were not measured.
-SMALLEST_SIDE = 512
 # Tiles of a matrix, more than there are.
 _ENDLESS = 2**20
 
@@ -49,12 +47,7 @@ _ENDLESS = 2**20
 def fits(x: Tensor) -> bool:
     """Whether the kernel can, and should, start a chain from ``x``, [n, s, k]: half precision, whole tiles, Hopper."""
     _, s, k = x.shape
-    return (
-        x.dtype in (torch.float16, torch.bfloat16)
-        and s >= SMALLEST_SIDE
-        and s % TILE.value == k % DEPTH.value == 0
-        and _multiprocessors(x.device) > 0
-    )
+    return chain_takes(s, k, x.dtype) and _multiprocessors(x.device) > 0
 
 
 @lru_cache

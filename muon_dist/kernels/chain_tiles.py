@@ -6,8 +6,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-TILE = gl.constexpr(128)  # rows of a tile, and half of its columns
-DEPTH = gl.constexpr(64)  # of a stage
+from muon_dist.kernels import CHAIN_DEPTH, CHAIN_TILE
+
+TILE = gl.constexpr(CHAIN_TILE)  # rows of a tile, and half of its columns
+DEPTH = gl.constexpr(CHAIN_DEPTH)  # of a stage
 STAGES = gl.constexpr(3)
 _GROUP = gl.constexpr(4)  # pairs of rows of tiles that are worked on together: they share what they read
 LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from muon_dist.kernels import Chain
+from muon_dist.kernels import Chain, chain_takes
 from muon_dist.options import PolarForm
 from muon_dist.polar.chains import doubling, doubling_twice, iterations
 from muon_dist.polar.coefficients import Schedule
@@ -98,8 +98,8 @@ def workspace_elements(
     than four times as long as wide.)
     """
     short, long = sorted((rows, cols))
-    may_be_one_launch = dtype.itemsize == 2
-    squares = max(segment.slots for segment in _segments(rows, cols, schedule, form, may_be_one_launch))
+    segments = _segments(rows, cols, schedule, form, chain_takes(short, long, dtype))
+    squares = max(segment.slots for segment in segments)
     return short * (long + squares * short)
 
 
