@@ -49,7 +49,7 @@ def from_blocks(blocks: Tensor, cols: int) -> Tensor:
 
 
 def reciprocal(scales: Tensor) -> Tensor:
-    """1 / ``scales`` in fp32, and 0 for the scales of blocks that are stored as zeros. NaN stays NaN."""
+    """1 / ``scales`` in fp32, and 0 for those of blocks that are stored as zeros. NaN stays NaN."""
     wide = scales.float()
     return torch.where(wide.abs() < SMALLEST_SCALE, 0.0, wide.reciprocal())
 

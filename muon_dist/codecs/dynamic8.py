@@ -33,8 +33,9 @@ from muon_dist.kernels import Encoded, Tables, reader_of
 class Dynamic8(BlockCodec):
     """1 byte an element and 2 bytes a block.
 
-    The signed map has +1 but not -1, so the scale is the block's largest element with its sign: that element always
-    decodes to the scale itself, and encoding what was decoded changes nothing.
+    The signed map has +1 but not -1, so the scale is the block's largest element with its sign. Codes are of fractions
+    of that element, not of the scale it is rounded to: it always decodes to the scale itself, and encoding what was
+    decoded changes nothing.
     """
 
     signed: bool = True
@@ -54,13 +55,10 @@ class Dynamic8(BlockCodec):
         blocks = to_blocks(values, self.block)  # [..., blocks, block]
         high, low = blocks.amax(-1), blocks.amin(-1)
         largest = torch.where(high >= -low, high, low)
-        scales = torch.where(largest.abs() < SMALLEST_SCALE, 0.0, largest).to(SCALE_DTYPE)  # [..., blocks]
-        borders = _map_on(values.device, self.signed).borders
-        # Rounding the scale can put the largest element as low as 0.996, nearer to 0.993 than to 1: name it.
-        fractions = blocks * reciprocal(scales).unsqueeze(-1)
-        fractions.masked_fill_((blocks == largest.unsqueeze(-1)) & (scales != 0).unsqueeze(-1), 1.0)
-        codes = torch.bucketize(fractions, borders, out_int32=True)
-        buffers["scales"].copy_(scales)
+        largest = torch.where(largest.abs() < SMALLEST_SCALE, 0.0, largest)  # [..., blocks]
+        fractions = blocks * reciprocal(largest).unsqueeze(-1)
+        codes = torch.bucketize(fractions, _map_on(values.device, self.signed).borders, out_int32=True)
+        buffers["scales"].copy_(largest)
         buffers["codes"].copy_(from_blocks(codes, values.shape[-1]))
 
     def _decode(self, buffers: Mapping[str, Tensor], cols: int) -> Tensor:

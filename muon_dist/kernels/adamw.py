@@ -29,7 +29,7 @@ from muon_dist.kernels.table import (
     table_on,
     tile_of_piece,
 )
-from muon_dist.kernels.tiles import Tiling, compilation, load_levels, load_search, load_tile, store_tile, tile_of
+from muon_dist.kernels.tiles import Tiling, load_levels, load_search, load_tile, store_tile, tile_of
 
 # Larger parameters have launches of their own: these take the device longer than the host.
 _LARGEST_OF_MANY = 1 << 25
@@ -73,7 +73,6 @@ def adamw(weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second
         *rates,
         FIRST=first.format,
         SECOND=second.format,
-        **compilation(first.format),
         **tiling.constants,
     )
 
@@ -116,7 +115,6 @@ class AdamWBatch:
                 FIRST=first,
                 SECOND=second,
                 FIELDS=len(rows[0]),
-                **compilation(first),
                 **constants(block),
             )
 
@@ -163,9 +161,9 @@ def _adamw(
     m = load_tile(first, first_scales, first_levels, tile, 1 - weight1, FIRST)
     v = load_tile(second, second_scales, second_levels, tile, 1.0, SECOND)
     w, m, v = _updated(w, g, m, v, t, lr, weight1, weight2, log2_beta1, log2_beta2, eps, decay)
+    tl.store(weight + there, w, mask=mask)
     store_tile(m, first, first_scales, first_search, tile, FIRST)
     store_tile(v, second, second_scales, second_search, tile, SECOND)
-    tl.store(weight + there, w, mask=mask)
 
 
 @triton.jit
@@ -196,8 +194,8 @@ def _adamw_many(
         t = tl.load(tl.load(fields + 7).to(tl.pointer_type(tl.float32)))
         tile = tile_of_piece(tl.program_id(0), rows, BLOCK, ROWS)
         place, mask = tile[0]
-        g = tl.load(gradient + place, mask=mask, other=0).to(tl.float32)
-        w = tl.load(weight + place, mask=mask, other=0).to(tl.float32)
+        g = tl.load(gradient + place, mask=mask).to(tl.float32)
+        w = tl.load(weight + place, mask=mask).to(tl.float32)
         weight1 = number_in(fields + 9)
         m = load_tile(first, first_scales, first_levels, tile, 1 - weight1, FIRST)
         v = load_tile(second, second_scales, second_levels, tile, 1.0, SECOND)
@@ -215,9 +213,9 @@ def _adamw_many(
             number_in(fields + 13),
             number_in(fields + 14),
         )
+        tl.store(weight + place, w, mask=mask)
         store_tile(m, first, first_scales, first_search, tile, FIRST)
         store_tile(v, second, second_scales, second_search, tile, SECOND)
-        tl.store(weight + place, w, mask=mask)
 
 
 @triton.jit

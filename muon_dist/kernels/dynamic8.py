@@ -11,6 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# What a guess of 1 stands for: the last code, and less than a half.
+_LAST = tl.constexpr(255.4)
+
 
 @triton.jit
 def look_up(table, index):
@@ -19,44 +22,49 @@ def look_up(table, index):
 
 
 @triton.jit
-def encode(fractions, above, SIGNED: tl.constexpr):
-    """The number of borders below each fraction: codes of the nearest levels, uint8.
+def encode(values, inverse, above, SIGNED: tl.constexpr):
+    """The number of borders below each fraction ``values * inverse``: codes of the nearest levels, uint8. NaN has some
+    code.
 
     Args:
-        fractions: fp32, of any shape, no NaN, at most 1.004 in magnitude; not negative if not SIGNED.
+        values: fp32, of any shape.
+        inverse: fp32, of that shape or one that broadcasts; of each block's largest element.
         above: fp32 [256], the smallest number above the border before each code; -inf before the first.
     """
-    code = guess(fractions, SIGNED).to(tl.uint32).to(tl.int32)  # 0 where a guess is negative, on GPUs
+    # Added to 2, of which the bits are 1 << 30, the guess is rounded, and in the last ones. An address takes it shifted
+    # by two, so that to clear the first ones costs nothing.
+    code = (guess(values, inverse, SIGNED) * (_LAST * 2.0**-22) + 2.0).to(tl.int32, bitcast=True) & ((1 << 30) - 1)
     # Before the border there is the code below. The sign of a difference as 0 or -1 costs less than to compare and
     # choose.
-    before = (fractions - look_up(above, code)).to(tl.int32, bitcast=True) >> 31
+    before = (values * inverse - look_up(above, code)).to(tl.int32, bitcast=True) >> 31
     return (code + before).to(tl.uint8)
 
 
 @triton.jit
-def guess(x, SIGNED: tl.constexpr):
-    """Where fractions lie in the map, fp32, above 0 and below 256: at the border before code c between c and c + 1.
+def guess(x, inverse, SIGNED: tl.constexpr):
+    """Where fractions ``x * inverse`` lie in the map, fp32 from 0 to 1: times ``_LAST``, within a half of code c at the
+    border before it. NaN lies at 0.
 
-    In a decade the map's levels are equally far apart, so a sum of ramps fits it, one for each decade. The last needs
-    no end.
+    In a decade the map's levels are equally far apart, so a sum of ramps fits it, one for each decade. Their slopes are
+    scaled once a block, instead of elements.
     """
     if SIGNED:
         # Odd around zero, but for half a code. The two smallest decades, which have three levels, share a ramp.
-        place = 4.7382 * _ramp(x, 0.5 / 4.5e-6, 0.5) + 71.6111
-        place += 8.4840 * _ramp(x, 0.5e4, 0.5)
-        place += 14.2222 * _ramp(x, 0.5e3, 0.5)
-        place += 28.4444 * _ramp(x, 0.5e2, 0.5)
-        place += 56.8889 * _ramp(x, 0.5e1, 0.5)
-        place += 71.1111 * x
+        place = 4.7382 / _LAST * _ramp(x, inverse * (0.5 / 4.5e-6), 0.5) + 71.1111 / _LAST
+        place += 8.4840 / _LAST * _ramp(x, inverse * 0.5e4, 0.5)
+        place += 14.2222 / _LAST * _ramp(x, inverse * 0.5e3, 0.5)
+        place += 28.4444 / _LAST * _ramp(x, inverse * 0.5e2, 0.5)
+        place += 56.8889 / _LAST * _ramp(x, inverse * 0.5e1, 0.5)
+        slope = 71.1111 / _LAST
     else:
-        place = 1.8056 * _ramp(x, 1e6, 0.0) + 1.15
-        place += 3.5556 * _ramp(x, 1e5, 0.0)
-        place += 7.1111 * _ramp(x, 1e4, 0.0)
-        place += 14.2222 * _ramp(x, 1e3, 0.0)
-        place += 28.4444 * _ramp(x, 1e2, 0.0)
-        place += 56.8889 * _ramp(x, 1e1, 0.0)
-        place += 142.2222 * x
-    return place
+        place = 1.8056 / _LAST * _ramp(x, inverse * 1e6, 0.0) + 0.65 / _LAST
+        place += 3.5556 / _LAST * _ramp(x, inverse * 1e5, 0.0)
+        place += 7.1111 / _LAST * _ramp(x, inverse * 1e4, 0.0)
+        place += 14.2222 / _LAST * _ramp(x, inverse * 1e3, 0.0)
+        place += 28.4444 / _LAST * _ramp(x, inverse * 1e2, 0.0)
+        place += 56.8889 / _LAST * _ramp(x, inverse * 1e1, 0.0)
+        slope = 142.2222 / _LAST
+    return _ramp(x, inverse * slope, place)
 
 
 @triton.jit

@@ -86,10 +86,9 @@ def _accumulate(
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
     g *= weight
     m = load_tile(elements, scales, levels, tile, 1 - weight, MOMENTUM) + g
+    u = (1 - weight) * m + g if NESTEROV else m
+    store_tile(u, packed, packed_scales, packed_search, tile, PACKED)
     store_tile(m, elements, scales, search, tile, MOMENTUM)
-    if NESTEROV:
-        m = (1 - weight) * m + g
-    store_tile(m, packed, packed_scales, packed_search, tile, PACKED)
 
 
 @triton.jit

@@ -89,11 +89,13 @@ def number_in(field):
 @triton.jit
 def tile_of_piece(tile, rows, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """A tile as ``load_tile`` takes it, a block a row: rows that are there are whole."""
-    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = (tile * ROWS + tl.arange(0, ROWS))[:, None]
+    is_there = row < rows
+    row = row.to(tl.int64)
     inside = tl.arange(0, BLOCK)[None, :]
-    mask = tl.broadcast_to(row < rows, (ROWS, BLOCK))
+    mask = tl.broadcast_to(is_there, (ROWS, BLOCK))
     exists = tl.full((ROWS, BLOCK), True, tl.int1)
     half: tl.constexpr = max(1, BLOCK // 2)
     pair = row * half + tl.arange(0, half)[None, :]
-    pair_mask = tl.broadcast_to(row < rows, (ROWS, half))
-    return (row * BLOCK + inside, mask), (pair, pair_mask), (row, row < rows), exists
+    pair_mask = tl.broadcast_to(is_there, (ROWS, half))
+    return (row * BLOCK + inside, mask), (pair, pair_mask), (row, is_there), exists

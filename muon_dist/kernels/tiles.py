@@ -59,12 +59,6 @@ def block_of(cols: int, *values: Encoded) -> int:
     return next((min(v.block, cols) for v in values if v.block is not None), min(_PLAIN_BLOCK, cols))
 
 
-def compilation(format: str) -> dict[str, int]:
-    """Options of launches that read and write values in a format: dynamic8's look-ups would take 120 registers, with
-    which four programs fit on a multiprocessor instead of five."""
-    return {"maxnreg": 96} if format == "dynamic8" else {}
-
-
 @lru_cache(maxsize=4096)
 def _tiling(rows: int, cols: int, stride: int, block: int) -> Tiling:
     numel = rows * cols
@@ -116,15 +110,15 @@ def load_search(search, FORMAT: tl.constexpr):
 
 @triton.jit
 def load_tile(elements, scales, levels, tile, factor, FORMAT: tl.constexpr):
-    """The stored values of a tile times ``factor``, fp32; zeros where there are none."""
+    """The stored values of a tile times ``factor``, fp32; zeros where there are none, in the rows that are."""
     of_elements, of_pairs, of_scales, exists = tile
     place, mask = of_elements
     pair, pair_mask = of_pairs
     scale_place, scale_mask = of_scales
     if FORMAT == "block4":
-        values = tl.where(exists, block4.load_codes(elements, levels, pair, pair_mask), 0.0)
+        values = block4.load_codes(elements, levels, pair, pair_mask)
     else:
-        stored = tl.load(elements + place, mask=mask, other=127 if FORMAT == "dynamic8" else 0)  # dynamic8's zero
+        stored = tl.load(elements + place, mask=mask)
         if FORMAT == "linear8":
             values = stored.to(tl.float32) * (1 / 127.0)
         elif FORMAT == "dynamic8" or FORMAT == "unsigned8":
@@ -132,8 +126,8 @@ def load_tile(elements, scales, levels, tile, factor, FORMAT: tl.constexpr):
         else:
             values = stored.to(tl.float32)
     if FORMAT == "linear8" or FORMAT == "dynamic8" or FORMAT == "unsigned8" or FORMAT == "block4":
-        factor *= tl.load(scales + scale_place, mask=scale_mask, other=0).to(tl.float32)
-    return values * factor
+        factor *= tl.load(scales + scale_place, mask=scale_mask).to(tl.float32)
+    return tl.where(exists, values * factor, 0.0)
 
 
 @triton.jit
@@ -190,13 +184,8 @@ def encode_linear8(values):
 @triton.jit
 def encode_dynamic8(values, search, SIGNED: tl.constexpr):
     """uint8 codes [ROWS, COLS] and bf16 scales [ROWS, 1], with the sign of the largest element."""
-    largest = _signed_largest(values) if SIGNED else _largest(values, 1)
-    scale, inverse = _scale(largest)
-    # The largest element has the last code wherever rounding the scale puts it, and NaN has it too, being neither below
-    # nor above. No element of a block that is stored as zeros is infinite.
-    largest = tl.where(scale.to(tl.float32) != 0, largest, float("inf"))
-    fractions = tl.where((values < largest) | (values > largest), values * inverse, 1.0)
-    return dynamic8.encode(fractions, search, SIGNED), scale
+    largest = _storable(_signed_largest(values) if SIGNED else _largest(values, 1))
+    return dynamic8.encode(values, _inverse(largest), search, SIGNED), _round_to_bf16(largest).to(tl.bfloat16)
 
 
 @triton.jit
@@ -219,11 +208,21 @@ def _signed_largest(values):
 
 @triton.jit
 def _scale(largest):
-    """The scale of a block whose largest element is ``largest``, bf16, and its fp32 inverse; 0 for blocks too small to
-    store, NaN shows."""
-    wide = _round_to_bf16(tl.where(tl.abs(largest) < _SMALLEST_SCALE, 0.0, largest))
-    inverse = tl.where(tl.abs(wide) < _SMALLEST_SCALE, 0.0, tl.div_rn(tl.full(wide.shape, 1.0, tl.float32), wide))
-    return wide.to(tl.bfloat16), inverse
+    """The scale of a block whose largest element is ``largest``, bf16, and its fp32 inverse."""
+    wide = _round_to_bf16(_storable(largest))
+    return wide.to(tl.bfloat16), _inverse(wide)
+
+
+@triton.jit
+def _storable(largest):
+    """``largest``, or 0 for blocks too small to store; NaN shows."""
+    return tl.where(tl.abs(largest) < _SMALLEST_SCALE, 0.0, largest)
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x, or 0 for blocks that are stored as zeros."""
+    return tl.where(tl.abs(x) < _SMALLEST_SCALE, 0.0, tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x))
 
 
 @triton.jit
