@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,13 +19,15 @@ from torch.optim.adamw import adamw
 from muon_dist import kernels
 from muon_dist.codecs import Codec
 from muon_dist.codecs.full import Full
+from muon_dist.kernels import Encoded
+from muon_dist.memo import Memo
 from muon_dist.options import Options
 from muon_dist.shards import Shard
 from muon_dist.state import StoredTensor, moments_of, step_count_of
 
 if kernels.HAS_TRITON:
     from muon_dist.kernels import adamw as adamw_kernels
-    from muon_dist.kernels.adamw import AdamWBatch
+    from muon_dist.kernels.adamw import AdamWBatch, Entry
 
 # Elements decoded at a time: bounds the fp32 temporaries at three times 64 MiB for any embedding.
 _SLICE_ELEMENTS = 1 << 24
@@ -62,18 +65,26 @@ class AdamWParameter:
         weight = self.shard.weight()
         if gradient is None or weight.numel() == 0:
             return
+        if kernels.usable_on(weight.device) and weight.is_contiguous() and gradient.is_contiguous():
+            self._update_by_kernels(weight, gradient, taken, batch)
+        else:
+            self._update_by_torch(weight, gradient, taken)
+
+    def _update_by_kernels(
+        self, weight: Tensor, gradient: Tensor, taken: Tensor | None, batch: AdamWBatch | None
+    ) -> None:
+        group = self.shard.group
+        rates = adamw_kernels.Rates.of(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
+        entry = self._entry(weight, gradient) if batch is not None else None
+        if batch is None or entry is None or not batch.take(entry, weight, gradient, rates):
+            step, first, second = self._for_kernels()
+            counted = step if taken is None else step * taken.to(step.device)
+            adamw_kernels.adamw(_as_matrix(weight), _as_matrix(gradient), counted, first, second, rates)
+
+    def _update_by_torch(self, weight: Tensor, gradient: Tensor, taken: Tensor | None) -> None:
         group, state = self.shard.group, self.shard.state
         step = self.step.buffers(state)[""]
         first, second = self.exp_avg.buffers(state), self.exp_avg_sq.buffers(state)
-        lr = float(group["lr"])
-        if kernels.usable_on(weight.device) and weight.is_contiguous() and gradient.is_contiguous():
-            matrices = _as_matrix(weight), _as_matrix(gradient)
-            moments = self.exp_avg.codec.for_kernels(first), self.exp_avg_sq.codec.for_kernels(second)
-            rates = adamw_kernels.Rates.of(lr, group["betas"], group["eps"], group["weight_decay"])
-            if batch is None or not batch.take(*matrices, step, *moments, rates):
-                counted = step if taken is None else step * taken.to(step.device)
-                adamw_kernels.adamw(*matrices, counted, *moments, rates)
-            return
         left_out = None if taken is None else (~taken.to(step.device)).float()
         for rows in _row_slices(weight):
             w = _cut(weight, rows)
@@ -93,7 +104,7 @@ class AdamWParameter:
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=lr,
+                lr=float(group["lr"]),
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
@@ -102,6 +113,24 @@ class AdamWParameter:
                 w.copy_(wide)
             m.close()
             v.close()
+
+    def _for_kernels(self) -> tuple[Tensor, Encoded, Encoded]:
+        """Step and moments."""
+        state = self.shard.state
+        first, second = (moment.codec.for_kernels(moment.buffers(state)) for moment in (self.exp_avg, self.exp_avg_sq))
+        return self.step.buffers(state)[""], first, second
+
+    def _entry(self, weight: Tensor, gradient: Tensor) -> Entry | None:
+        """For a launch of many, until the state lies elsewhere; None where kernels take the parameter alone."""
+        stored = (self.step, self.exp_avg, self.exp_avg_sq)
+        seen = (weight.device, weight.dtype, gradient.dtype, *(part.addresses(self.shard.state) for part in stored))
+        return self._entries.get(
+            "all", seen, lambda: Entry.of(_as_matrix(weight), _as_matrix(gradient), *self._for_kernels())
+        )
+
+    @cached_property
+    def _entries(self) -> Memo[Entry | None]:
+        return Memo()
 
 
 def update_all(parameters: Sequence[AdamWParameter], device: torch.device, taken: Tensor | None) -> None:

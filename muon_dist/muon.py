@@ -24,6 +24,7 @@ from muon_dist.codecs import Codec
 from muon_dist.exchange import PackedPiece
 from muon_dist.forms import Form, as_tables
 from muon_dist.layout import Matrix, Rect
+from muon_dist.memo import Memo
 from muon_dist.options import Options, PolarForm, UpdateScale
 from muon_dist.polar import Schedule, default_dtype, polar_factor
 from muon_dist.regions import Box
@@ -231,15 +232,11 @@ class MuonMatrix:
     ) -> Entry | None:
         """What ``find`` says, until ``whole`` is laid out otherwise or what is stored lies elsewhere: finding an entry
         costs the host more than all else that it does for a piece."""
-        seen = (whole.device, whole.dtype, whole.stride(), *stored)
-        known = self._entries.get((kind, rect))
-        if known is None or known[0] != seen:
-            known = self._entries[kind, rect] = seen, find()
-        return known[1]
+        return self._entries.get((kind, rect), (whole.device, whole.dtype, whole.stride(), *stored), find)
 
     @cached_property
-    def _entries(self) -> dict[tuple[str, Rect], tuple[tuple[object, ...], Entry | None]]:
-        return {}
+    def _entries(self) -> Memo[Entry | None]:
+        return Memo()
 
 
 @dataclass(frozen=True)

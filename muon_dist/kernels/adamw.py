@@ -8,6 +8,7 @@ Source of the update: Loshchilov and Hutter, "Decoupled Weight Decay Regularizat
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -18,7 +19,6 @@ from muon_dist.kernels import Encoded
 from muon_dist.kernels.table import (
     FORMATS,
     Key,
-    addresses,
     aligned,
     bits,
     common_block,
@@ -53,6 +53,41 @@ class Rates(NamedTuple):
         return cls(lr, 1 - betas[0], 1 - betas[1], log2_beta1, log2_beta2, eps, 1 - lr * weight_decay)
 
 
+@lru_cache(maxsize=64)
+def _fields(rates: Rates) -> tuple[int, ...]:
+    """Of a table's row."""
+    return tuple(map(bits, rates))
+
+
+class Entry(NamedTuple):
+    """What a row of the table says of a parameter in every step.
+
+    Attributes:
+        alike: parameters of which this is the same can share a launch.
+        maps: levels and search of both moments.
+        blocks: of the parameter.
+        stored: addresses of elements and scales of both moments, and of the step.
+    """
+
+    alike: Key
+    maps: tuple[Tensor, ...]
+    blocks: int
+    stored: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second: Encoded) -> Entry | None:
+        """None where a parameter cannot share a launch. Arguments are those of :func:`adamw`."""
+        block = common_block(weight, first, second) if weight.numel() <= _LARGEST_OF_MANY else 0
+        moments = tuple(pointer.data_ptr() for moment in (first, second) for pointer in moment.pointers[:2])
+        if not block or not aligned(moments):
+            return None
+        # Every parameter of a launch is given as many programs as the largest needs: one has at most twice as many.
+        size = weight.numel().bit_length()
+        alike = (weight.device, weight.dtype, gradient.dtype, first.format, second.format, block, size)
+        maps = (*first.pointers[2:], *second.pointers[2:])
+        return cls(alike, maps, weight.numel() // block, (*moments, step.data_ptr()))
+
+
 def adamw(weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second: Encoded, rates: Rates) -> None:
     """One step.
 
@@ -78,7 +113,7 @@ def adamw(weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second
 
 
 class AdamWBatch:
-    """Collects parameters for :func:`adamw`."""
+    """Collects parameters for :func:`adamw`; ``taken`` as for ``table_on``."""
 
     def __init__(self, taken: Tensor | None) -> None:
         self._taken = taken
@@ -86,21 +121,15 @@ class AdamWBatch:
         self._gradients: list[Tensor] = []  # as in AccumulateBatch
         self._maps: dict[Key, tuple[Tensor, ...]] = {}
 
-    def take(
-        self, weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second: Encoded, rates: Rates
-    ) -> bool:
-        """Whether the parameter is taken; arguments are those of :func:`adamw`, but the step is counted either way."""
-        block = common_block(weight, first, second) if weight.numel() <= _LARGEST_OF_MANY else 0
-        place = [gradient.data_ptr(), *addresses(weight, first, second)]
-        if not block or not aligned(place):
+    def take(self, entry: Entry, weight: Tensor, gradient: Tensor, rates: Rates) -> bool:
+        """Whether the parameter is taken. Its step is counted either way."""
+        place = [gradient.data_ptr(), weight.data_ptr()]
+        if not aligned(place):
             return False
-        # Every parameter of a launch is given as many programs as the largest needs: one has at most twice as many.
-        size = weight.numel().bit_length()
-        key = (weight.device, weight.dtype, gradient.dtype, first.format, second.format, block, size)
-        row = [weight.numel() // block, *place, step.data_ptr(), *map(bits, rates)]
-        self._pieces.setdefault(key, []).append(row)
+        row = [entry.blocks, *place, *entry.stored, *_fields(rates)]
+        self._pieces.setdefault(entry.alike, []).append(row)
         self._gradients.append(gradient)
-        self._maps[key] = (*first.pointers[2:], *second.pointers[2:])
+        self._maps[entry.alike] = entry.maps
         return True
 
     def launch(self) -> None:

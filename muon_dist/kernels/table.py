@@ -6,6 +6,7 @@ Taken are pieces that divide into whole blocks and lie at multiples of 16 bytes.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def addresses(plain: Tensor, *values: Encoded) -> list[int]:
     return [plain.data_ptr(), *(pointer.data_ptr() for value in values for pointer in value.pointers[:2])]
 
 
-def aligned(addresses: list[int]) -> bool:
+def aligned(addresses: Sequence[int]) -> bool:
     return all(address % 16 == 0 for address in addresses)
 
 
