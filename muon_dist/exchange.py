@@ -97,7 +97,8 @@ class Exchange:
                 stop = min(start + count, len(bundle.matrices))
                 packed = [strip.in_buffer(buffers.owned, start, stop) for strip in parts]
                 matrices = assembled(self._wire, frame, parts, packed).view(-1, geometry.rows, geometry.cols)
-                out = in_place(self._wire, geometry, parts, packed)
+                there = in_place(self._wire.back, frame, parts, packed)
+                out = None if there is None else there.view(matrices.shape)
                 updates = function(matrices, out)
                 if updates is out:
                     continue
@@ -153,23 +154,24 @@ def new_buffers(exchanges: Sequence[Exchange], group: dist.ProcessGroup | None, 
 
 def assembled(wire: WireFormat, frame: tuple[int, int], parts: Sequence[Strip], packed: Sequence[Tensor]) -> Tensor:
     """Whole matrices, ``[n, *frame]``, from their bytes; in the buffer itself where these lie without a gap."""
-    shapes = [(strip.first.rect.rows, strip.first.rect.cols) for strip in parts]
-    pieces = [wire.unpack(nbytes, *shape) for nbytes, shape in zip(packed, shapes, strict=True)]
-    if len(parts) == 1:
-        return parts[0].in_order(pieces[0]).reshape(-1, *frame)
-    whole = pieces[0].new_empty((len(packed[0]), *frame))
-    for strip, unpacked in zip(parts, pieces, strict=True):
-        strip.of_whole(whole).copy_(unpacked)
+    if (there := in_place(wire, frame, parts, packed)) is not None:
+        return there
+    whole = torch.empty((len(packed[0]), *frame), dtype=wire.dtype, device=packed[0].device)
+    for strip, nbytes in zip(parts, packed, strict=True):
+        pieces = strip.of_whole(whole)
+        wire.unpack(nbytes, pieces.shape[-2], pieces.shape[-1], pieces)
     return whole
 
 
-def in_place(wire: WireFormat, geometry: Geometry, parts: Sequence[Strip], packed: Sequence[Tensor]) -> Tensor | None:
-    """The buffer as the whole matrices of what goes back, if they lie there without a gap."""
+def in_place(
+    wire: WireFormat, frame: tuple[int, int], parts: Sequence[Strip], packed: Sequence[Tensor]
+) -> Tensor | None:
+    """The buffer as whole matrices, ``[n, *frame]``, if they lie there without a gap."""
     rect = parts[0].first.rect
-    pieces = wire.back.view(packed[0], rect.rows, rect.cols) if len(parts) == 1 else None
+    pieces = wire.view(packed[0], rect.rows, rect.cols) if len(parts) == 1 else None
     if pieces is None or not parts[0].in_order(pieces).is_contiguous():
         return None
-    return pieces.view(-1, geometry.rows, geometry.cols)
+    return pieces.view(-1, *frame)
 
 
 def batch_size(geometry: Geometry) -> int:

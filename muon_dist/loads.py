@@ -137,7 +137,7 @@ def _of_batch(bundle: Bundle, chunk: Chunk, ranks: int, wire: WireFormat, polar:
     count = min(len(bundle.matrices), batch_size(geometry))
     packed = [strip.in_buffer(buffer, 0, count) for strip in parts]
     matrices = assembled(wire, geometry.frame, parts, packed)
-    out = in_place(wire, geometry, parts, packed)
+    out = in_place(wire.back, geometry.frame, parts, packed)
     elements = count * workspace_elements(geometry.rows, geometry.cols, polar.schedule, polar.form, polar.dtype)
     if out is None or out.dtype != polar.dtype:
         elements += count * geometry.rows * geometry.cols

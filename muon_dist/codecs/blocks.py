@@ -69,7 +69,8 @@ class BlockCodec(RowWise):
 
     def encode(self, values: Tensor, buffers: Mapping[str, Tensor]) -> None:
         if (stored := self._for_recode(buffers, values.shape[-1])) is not None:
-            recode.encode(values.contiguous().view(*stored.shape, values.shape[-1]), stored)
+            beside = values if values.stride(-1) == 1 else values.contiguous()
+            recode.encode(beside.reshape(*stored.shape, values.shape[-1]), stored)
         else:
             self._encode(values.float().contiguous(), buffers)
 

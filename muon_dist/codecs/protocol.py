@@ -54,7 +54,7 @@ class Codec(Protocol):
         """The stored values as kernels take them. Not of low-rank codecs, which are taken apart."""
 
     def decode(self, buffers: Mapping[str, Tensor], cols: int, out: Tensor | None = None) -> Tensor:
-        """The stored values, ``[..., cols]``: in ``out`` (contiguous, floating point), or fp32 in memory of their own.
+        """The stored values, ``[..., cols]``: in ``out`` (floating point), or fp32 in memory of their own.
         (Codes of which two share a byte do not tell how many columns there are.)"""
 
 

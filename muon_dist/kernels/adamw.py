@@ -33,6 +33,8 @@ from muon_dist.kernels.tiles import Tiling, load_levels, load_search, load_tile,
 
 # Larger parameters have launches of their own: these take the device longer than the host.
 _LARGEST_OF_MANY = 1 << 25
+# Elements that are launched without waiting for more, so that the device has work while the host finds the rest.
+_ENOUGH = 1 << 26
 _SMALLEST_DIVISOR = tl.constexpr(2.0**-63)
 
 
@@ -126,26 +128,32 @@ class AdamWBatch:
         place = [gradient.data_ptr(), weight.data_ptr()]
         if not aligned(place):
             return False
-        row = [entry.blocks, *place, *entry.stored, *_fields(rates)]
-        self._pieces.setdefault(entry.alike, []).append(row)
+        rows = self._pieces.setdefault(entry.alike, [])
+        rows.append([entry.blocks, *place, *entry.stored, *_fields(rates)])
         self._gradients.append(gradient)
         self._maps[entry.alike] = entry.maps
+        if len(rows) * weight.numel() >= _ENOUGH:
+            self._launch(entry.alike)
         return True
 
     def launch(self) -> None:
         """Computes what was taken."""
-        for key, rows in self._pieces.items():
-            device, weight, gradient, first, second, block, _ = key
-            _adamw_many[grid(rows, block)](
-                table_on(device, rows, self._taken),
-                *self._maps[key],
-                WEIGHT=FORMATS[weight],
-                GRADIENT=FORMATS[gradient],
-                FIRST=first,
-                SECOND=second,
-                FIELDS=len(rows[0]),
-                **constants(block),
-            )
+        for key in list(self._pieces):
+            self._launch(key)
+
+    def _launch(self, key: Key) -> None:
+        rows = self._pieces.pop(key)
+        device, weight, gradient, first, second, block, _ = key
+        _adamw_many[grid(rows, block)](
+            table_on(device, rows, self._taken),
+            *self._maps[key],
+            WEIGHT=FORMATS[weight],
+            GRADIENT=FORMATS[gradient],
+            FIRST=first,
+            SECOND=second,
+            FIELDS=len(rows[0]),
+            **constants(block),
+        )
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""Values into a stored format and back, each in one pass: for parts of states that are products' operands.
+"""Values into a stored format and back, each in one pass: for parts of states that are products' operands, and for
+pieces between a buffer and the matrices that they are cut from.
 
 References: ``encode`` and ``decode`` of the codecs.
 """
@@ -14,29 +15,29 @@ from muon_dist.kernels.tiles import Tiling, load_levels, load_search, load_tile,
 
 
 def encode(values: Tensor, stored: Encoded) -> None:
-    """Writes ``values`` ([n, m, rows, cols], contiguous, any floating-point type) into ``stored``.
+    """Writes ``values`` ([n, m, rows, cols], any floating-point type) into ``stored``.
 
     Args:
+        values: columns lie side by side, the other axes have any strides.
         stored: buffers of [n, m, rows, ...]; the last two axes contiguous, the others of any strides.
     """
     tiling = Tiling.of(values[0, 0], stored)
     _encode[(*tiling.grid, values.shape[:2].numel())](
-        values, *stored.pointers, *tiling.shape, *_strides(stored), FORMAT=stored.format, **tiling.constants
+        values, *stored.pointers, *tiling.shape, *_strides(values, stored), FORMAT=stored.format, **tiling.constants
     )
 
 
 def decode(stored: Encoded, out: Tensor) -> None:
-    """Reads ``stored``, buffers as for ``encode``, into ``out`` ([n, m, rows, cols], contiguous, of any such type)."""
+    """Reads ``stored`` into ``out``, both as for ``encode``."""
     tiling = Tiling.of(out[0, 0], stored)
     _decode[(*tiling.grid, out.shape[:2].numel())](
-        out, *stored.pointers[:3], *tiling.shape, *_strides(stored), FORMAT=stored.format, **tiling.constants
+        out, *stored.pointers[:3], *tiling.shape, *_strides(out, stored), FORMAT=stored.format, **tiling.constants
     )
 
 
-def _strides(stored: Encoded) -> list[int]:
-    """m, and from one of the n, or of the m, to the next: of elements and of scales."""
-    elements, scales = stored.pointers[:2]
-    return [elements.shape[1], elements.stride(0), elements.stride(1), scales.stride(0), scales.stride(1)]
+def _strides(values: Tensor, stored: Encoded) -> list[int]:
+    """m, and from one of the n, or of the m, to the next: of values, elements and scales."""
+    return [values.shape[1], *(stride for t in (values, *stored.pointers[:2]) for stride in t.stride()[:2])]
 
 
 @triton.jit
@@ -59,6 +60,8 @@ def _encode(
     blocks,
     numel,
     m,
+    values_stride0,
+    values_stride1,
     elements_stride0,
     elements_stride1,
     scales_stride0,
@@ -68,7 +71,7 @@ def _encode(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    values += tl.program_id(2).to(tl.int64) * numel
+    values = _of_piece(values, m, values_stride0, values_stride1)
     elements = _of_piece(elements, m, elements_stride0, elements_stride1)
     scales = _of_piece(scales, m, scales_stride0, scales_stride1)
     there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
@@ -90,6 +93,8 @@ def _decode(
     blocks,
     numel,
     m,
+    values_stride0,
+    values_stride1,
     elements_stride0,
     elements_stride1,
     scales_stride0,
@@ -99,7 +104,7 @@ def _decode(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    out += tl.program_id(2).to(tl.int64) * numel
+    out = _of_piece(out, m, values_stride0, values_stride1)
     elements = _of_piece(elements, m, elements_stride0, elements_stride1)
     scales = _of_piece(scales, m, scales_stride0, scales_stride1)
     there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)

@@ -5,7 +5,7 @@ The same optimizer takes the same steps twice, once through kernels and once thr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast, get_args
 from unittest import mock
 
 import pytest
@@ -14,6 +14,12 @@ from torch import Tensor, nn
 
 from muon_dist import DistMuon, kernels
 from muon_dist.codecs import CODECS, LOW_RANK_CODECS, make_codec
+from muon_dist.exchange import assembled
+from muon_dist.layout import Rect
+from muon_dist.options import Wire
+from muon_dist.plan import Parcel
+from muon_dist.strips import Strip
+from muon_dist.wire import wire_format
 
 if not kernels.HAS_TRITON:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -121,6 +127,12 @@ def test_adamw(adamw_state: str, block_size: int) -> None:
     require_equal(ADAMW_SHAPES, torch.float32, tolerance, adamw_state=adamw_state, block_size=block_size, adamw_lr=0.01)
 
 
+def test_a_launch_that_has_enough_does_not_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muon_dist.kernels.adamw._ENOUGH", 64 * 128)
+    shapes: dict[str, tuple[int, ...]] = {f"{i}.embed_tokens.weight": (32, 128) for i in range(5)}
+    require_equal(shapes, torch.float32, ROUNDED, adamw_state="dynamic8", adamw_lr=0.01)
+
+
 def test_bf16_parameters_and_gradients() -> None:
     require_equal({**SHAPES, **ADAMW_SHAPES}, torch.bfloat16, 2 * ROUNDED, adamw_state="dynamic8")
 
@@ -190,3 +202,27 @@ def test_several_pieces_are_encoded_and_decoded_in_one_launch(name: Any, monkeyp
     assert encode.call_count == 1
     assert torch.equal(ours["scales"], theirs["scales"])
     assert float((decoded - expected).norm()) <= ROUNDED * float(expected.norm())
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", get_args(Wire))
+def test_pieces_of_all_ranks_become_matrices_and_pieces_again(
+    name: Wire, axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire, n, ranks, (rows, cols) = wire_format(name), 2, 3, (4, 128)
+    nbytes, frame = wire.nbytes(rows, cols), (rows * (ranks if axis == 0 else 1), cols * (ranks if axis == 1 else 1))
+    # Each rank's pieces lie behind one of another bundle.
+    strip = Strip(Parcel(cast(Any, None), Rect(0, 0, rows, cols), nbytes, nbytes), ranks, axis, (n + 1) * nbytes)
+    whole = torch.randn((n, *frame), generator=torch.Generator().manual_seed(0)).to(DEVICE, wire.dtype)
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(kernels, "usable_on", lambda device, fused=fused: fused)
+        buffer = torch.zeros(ranks * (n + 1) * nbytes, dtype=torch.uint8, device=DEVICE)
+        packed = strip.in_buffer(buffer, 0, n)
+        wire.pack(strip.of_whole(whole), packed)
+        found.append(assembled(wire, frame, [strip], [packed]))
+        assert not bool(buffer.view(ranks, n + 1, nbytes)[:, 0].any())
+    ours, theirs = found
+    tolerance = ROUNDED if name in ("int8", "nf4") else 0
+    assert float((ours.float() - theirs.float()).norm()) <= tolerance * float(theirs.float().norm())
+    assert tolerance or torch.equal(ours, whole)
