@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from muon_dist.kernels import Encoded
+from muon_dist.kernels.compiled import Compiled
 from muon_dist.kernels.tiles import Tiling, load_levels, load_search, load_tile, store_tile, tile_of
 
 
@@ -21,23 +22,23 @@ def encode(values: Tensor, stored: Encoded) -> None:
         values: columns lie side by side, the other axes have any strides.
         stored: buffers of [n, m, rows, ...]; the last two axes contiguous, the others of any strides.
     """
-    tiling = Tiling.of(values[0, 0], stored)
-    _encode[(*tiling.grid, values.shape[:2].numel())](
-        values, *stored.pointers, *tiling.shape, *_strides(values, stored), FORMAT=stored.format, **tiling.constants
-    )
+    _launch(_ENCODE, values, stored, stored.pointers)
 
 
 def decode(stored: Encoded, out: Tensor) -> None:
     """Reads ``stored`` into ``out``, both as for ``encode``."""
-    tiling = Tiling.of(out[0, 0], stored)
-    _decode[(*tiling.grid, out.shape[:2].numel())](
-        out, *stored.pointers[:3], *tiling.shape, *_strides(out, stored), FORMAT=stored.format, **tiling.constants
-    )
+    _launch(_DECODE, out, stored, stored.pointers[:3])
 
 
-def _strides(values: Tensor, stored: Encoded) -> list[int]:
-    """m, and from one of the n, or of the m, to the next: of values, elements and scales."""
-    return [values.shape[1], *(stride for t in (values, *stored.pointers[:2]) for stride in t.stride()[:2])]
+def _launch(kernel: Compiled, values: Tensor, stored: Encoded, pointers: tuple[Tensor, ...]) -> None:
+    n, m = values.shape[:2]
+    tiling = Tiling.of(values[0, 0], stored)
+    # From one of the n, or of the m, to the next: of values, elements and scales.
+    strides = (stride for buffer in (values, *pointers[:2]) for stride in buffer.stride()[:2])
+    numbers, constants = (*tiling.shape, m, *strides), tuple(tiling.constants.values())
+    addresses = tuple(buffer.data_ptr() % 16 for buffer in (values, *pointers))
+    key = (numbers, constants, addresses, values.dtype, stored.format, values.device)
+    kernel.launch(key, (*tiling.grid, n * m), (values, *pointers, *numbers, stored.format, *constants))
 
 
 @triton.jit
@@ -112,3 +113,6 @@ def _decode(
     levels = load_levels(levels, FORMAT)
     x = load_tile(elements, scales, levels, tile, 1.0, FORMAT)
     tl.store(out + there, x, mask=mask)
+
+
+_ENCODE, _DECODE = Compiled(_encode), Compiled(_decode)
