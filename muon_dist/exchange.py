@@ -175,8 +175,8 @@ def in_place(
 
 
 def batch_size(geometry: Geometry) -> int:
-    """How many matrices the polar factor takes at a time."""
-    return max(1, BATCH_ELEMENTS // min(geometry.rows, geometry.cols) ** 2)
+    """How many matrices the polar factor takes at a time; as many as kernels have programs along their second axis."""
+    return max(1, min(BATCH_ELEMENTS // min(geometry.rows, geometry.cols) ** 2, 2**16 - 1))
 
 
 def _pieces(parcels: Iterable[Parcel], buffer: Tensor) -> Iterator[PackedPiece]:

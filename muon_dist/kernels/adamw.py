@@ -191,7 +191,7 @@ def _adamw(
     first_search, second_search = load_search(first_search, FIRST), load_search(second_search, SECOND)
     t = tl.load(step)
     rows = tl.where(t > 0, rows, 0)  # masks all of a step that is not taken
-    there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    there, tile = tile_of(tl.program_id(0), rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     _, mask = tile[0]
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)

@@ -14,16 +14,16 @@ class Compiled:
         self._kernel = kernel
         self._found: dict[Hashable, Any] = {}
 
-    def launch(self, key: Hashable, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: int) -> None:
+    def launch(self, key: Hashable, grid: tuple[int, int], arguments: tuple[Any, ...], **options: int) -> None:
         """Runs the kernel.
 
         Args:
-            grid: programs along two axes or three.
+            grid: programs along both axes.
             key: all that compilation depends on, ``options`` too.
             arguments: of the kernel, constants too.
             options: of compilation.
         """
         if compiled := self._found.get(key):
-            compiled[(*grid, 1)[:3]](*arguments)
+            compiled[(*grid, 1)](*arguments)
         else:  # always so in Triton's interpreter, which compiles nothing
             self._found[key] = self._kernel[grid](*arguments, **options)

@@ -81,7 +81,7 @@ def _accumulate(
 ):
     levels = load_levels(levels, MOMENTUM)
     packed_search, search = load_search(search, PACKED), load_search(search, MOMENTUM)
-    there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    there, tile = tile_of(tl.program_id(0), rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     _, mask = tile[0]
     g = tl.load(gradient + there, mask=mask, other=0).to(tl.float32)
     g *= weight
@@ -110,7 +110,7 @@ def _apply(
     COLS: tl.constexpr,
 ):
     levels = load_levels(levels, UPDATE)
-    there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    there, tile = tile_of(tl.program_id(0), rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     _, mask = tile[0]
     u = load_tile(elements, scales, levels, tile, factor, UPDATE)
     w = tl.load(weight + there, mask=mask, other=0).to(tl.float32)

@@ -38,13 +38,21 @@ def _launch(kernel: Compiled, values: Tensor, stored: Encoded, pointers: tuple[T
     numbers, constants = (*tiling.shape, m, *strides), tuple(tiling.constants.values())
     addresses = tuple(buffer.data_ptr() % 16 for buffer in (values, *pointers))
     key = (numbers, constants, addresses, values.dtype, stored.format, values.device)
-    kernel.launch(key, (*tiling.grid, n * m), (values, *pointers, *numbers, stored.format, *constants))
+    height, width = tiling.grid
+    kernel.launch(key, (n * m * height, width), (values, *pointers, *numbers, stored.format, *constants))
 
 
 @triton.jit
-def _of_piece(buffer, m, stride0, stride1):
-    """Where this program's piece, of [n, m], starts in a buffer."""
-    piece = tl.program_id(2)
+def _tile_and_piece(rows, ROWS: tl.constexpr):
+    """Of this program: pieces are tiled one after the other along the first axis, the only one of which GPUs have as
+    many places as there may be pieces."""
+    height = tl.cdiv(rows, ROWS)
+    return tl.program_id(0) % height, tl.program_id(0) // height
+
+
+@triton.jit
+def _start(buffer, piece, m, stride0, stride1):
+    """Of a piece, of [n, m], in a buffer."""
     return buffer + (piece // m).to(tl.int64) * stride0 + (piece % m).to(tl.int64) * stride1
 
 
@@ -72,10 +80,11 @@ def _encode(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    values = _of_piece(values, m, values_stride0, values_stride1)
-    elements = _of_piece(elements, m, elements_stride0, elements_stride1)
-    scales = _of_piece(scales, m, scales_stride0, scales_stride1)
-    there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    index, piece = _tile_and_piece(rows, ROWS)
+    values = _start(values, piece, m, values_stride0, values_stride1)
+    elements = _start(elements, piece, m, elements_stride0, elements_stride1)
+    scales = _start(scales, piece, m, scales_stride0, scales_stride1)
+    there, tile = tile_of(index, rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     _, mask = tile[0]
     search = load_search(search, FORMAT)
     x = tl.load(values + there, mask=mask, other=0).to(tl.float32)
@@ -105,10 +114,11 @@ def _decode(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    out = _of_piece(out, m, values_stride0, values_stride1)
-    elements = _of_piece(elements, m, elements_stride0, elements_stride1)
-    scales = _of_piece(scales, m, scales_stride0, scales_stride1)
-    there, tile = tile_of(rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
+    index, piece = _tile_and_piece(rows, ROWS)
+    out = _start(out, piece, m, values_stride0, values_stride1)
+    elements = _start(elements, piece, m, elements_stride0, elements_stride1)
+    scales = _start(scales, piece, m, scales_stride0, scales_stride1)
+    there, tile = tile_of(index, rows, cols, stride, blocks, numel, BLOCK, ROWS, COLS)
     _, mask = tile[0]
     levels = load_levels(levels, FORMAT)
     x = load_tile(elements, scales, levels, tile, 1.0, FORMAT)

@@ -72,9 +72,10 @@ def _tiling(rows: int, cols: int, stride: int, block: int) -> Tiling:
 
 
 @triton.jit
-def tile_of(rows, cols, stride, blocks, numel, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """This program's tile: places [ROWS, COLS] in the plain tensor, and what ``load_tile`` takes; all 64 bits wide."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+def tile_of(tile, rows, cols, stride, blocks, numel, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Of the tiles below each other the one at a place, in the program's column of blocks: places [ROWS, COLS] in the
+    plain tensor, and what ``load_tile`` takes; all 64 bits wide."""
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     inside = tl.arange(0, COLS)[None, :]
     col = tl.program_id(1) * BLOCK + inside
     place = row * cols + col
