@@ -125,7 +125,7 @@ class AdamWParameter:
         stored = (self.step, self.exp_avg, self.exp_avg_sq)
         seen = (weight.device, weight.dtype, gradient.dtype, *(part.addresses(self.shard.state) for part in stored))
         return self._entries.get(
-            "all", seen, lambda: Entry.of(_as_matrix(weight), _as_matrix(gradient), *self._for_kernels())
+            "row", seen, lambda: Entry.of(_as_matrix(weight), _as_matrix(gradient), *self._for_kernels())
         )
 
     @cached_property
