@@ -39,9 +39,9 @@ class Machine:
     polar_rate: float = 630e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
     polar_overhead: float = 0.25e-3  # of a batch: what it takes beside its FLOPs
     memory_rate: float = 4.1e12  # bytes read and written by element-wise kernels
-    # Host time of a piece, in Python on one CPU core: measured where the kernels take many pieces a launch.
-    accumulate_host: float = 16e-6
-    apply_host: float = 13e-6
+    # Host time of a piece under FSDP2, in Python on one CPU core: measured where kernels take many pieces a launch.
+    accumulate_host: float = 7e-6
+    apply_host: float = 6e-6
     launch_host: float = 60e-6  # and of a chunk's pieces together, for either
     lend_host: float = 4e-6  # of a copy for a replica; estimated
     ranks_per_node: int = 8
