@@ -5,6 +5,7 @@ The same optimizer takes the same steps twice, once through kernels and once thr
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, cast, get_args
 from unittest import mock
 
@@ -167,6 +168,26 @@ def test_a_step_that_is_not_taken_changes_no_bit(momentum_state: Any, fused: boo
     for bad in ("a.weight", "embed_tokens.weight"):
         assert all(torch.equal(a, b) for a, b in zip(step(bad), before, strict=True))
     assert optimizer.skipped_steps == 3
+
+
+def test_state_is_read_and_written_where_it_was_loaded_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "usable_on", lambda device: True)
+
+    def trained(*, reloads: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        shapes = {name: {**SHAPES, **ADAMW_SHAPES}[name] for name in ("a.weight", "embed_tokens.weight")}
+        named = [(name, nn.Parameter(torch.randn(shape, device=DEVICE))) for name, shape in shapes.items()]
+        optimizer = DistMuon(named, adamw_state="dynamic8", adamw_lr=0.01)
+        for _ in range(3):
+            for _, p in named:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+            if reloads:
+                optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+        state = [t for entries in optimizer.state.values() for t in entries.values()]
+        return [*(p.detach() for _, p in named), *state]
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(reloads=True), trained(reloads=False), strict=True))
 
 
 @pytest.mark.parametrize("momentum_state", CODECS)
