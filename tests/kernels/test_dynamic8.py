@@ -60,13 +60,19 @@ def test_codes_are_the_references(signed: bool) -> None:
 @both_maps
 def test_a_guess_is_within_a_half(signed: bool) -> None:
     """Of the code above, at the borders, and so everywhere: guesses do not fall. What rounding can add is far less than
-    what is left."""
-    guesses = torch.empty(256, device=DEVICE)
-    _guess[1,](torch.nn.functional.pad(tables(signed).borders, (0, 1), value=1.0), guesses, SIGNED=signed)
+    what is left. Beyond the map, and of what is no number, they lie in it."""
+    borders, infinity = tables(signed).borders, float("inf")
+    smallest, largest = torch.tensor([[-1.0039 if signed else 0.0], [1.0039]], device=DEVICE)
+    no_fractions = torch.tensor([infinity, -infinity, float("nan"), -2.0, 2.0], device=DEVICE)
+    values = torch.cat([smallest, borders, largest, no_fractions])
+    guesses = torch.zeros(512, device=DEVICE)
+    _guess[2,](torch.nn.functional.pad(values, (0, 512 - len(values))), guesses, SIGNED=signed)
     guesses *= dynamic8._LAST.value
+    ascending = guesses[:257]
     code_above = torch.arange(1, 256, device=DEVICE)
-    assert float((guesses[:255] - code_above).abs().max()) < 0.47
-    assert bool((guesses.diff() > 0).all())
+    assert float((ascending[1:256] - code_above).abs().max()) < 0.47
+    assert bool((ascending.diff() > 0).all())
+    assert 0 <= float(guesses.min()) <= float(guesses.max()) < 255.47
 
 
 @both_maps
@@ -109,5 +115,5 @@ def _decode(codes, levels, out):
 
 @triton.jit
 def _guess(values, out, SIGNED: tl.constexpr):
-    place = tl.arange(0, 256)
+    place = tl.program_id(0) * 256 + tl.arange(0, 256)
     tl.store(out + place, dynamic8.guess(tl.load(values + place), 1.0, SIGNED))
