@@ -124,12 +124,10 @@ class AdamWParameter:
         """For a launch of many, until the state lies elsewhere; None where kernels take the parameter alone."""
         stored = (self.step, self.exp_avg, self.exp_avg_sq)
         seen = (weight.device, weight.dtype, gradient.dtype, *(part.addresses(self.shard.state) for part in stored))
-        return self._entries.get(
-            "row", seen, lambda: Entry.of(_as_matrix(weight), _as_matrix(gradient), *self._for_kernels())
-        )
+        return self._found.get(seen, lambda: Entry.of(_as_matrix(weight), _as_matrix(gradient), *self._for_kernels()))
 
     @cached_property
-    def _entries(self) -> Memo[Entry | None]:
+    def _found(self) -> Memo[Entry | None]:
         return Memo()
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class Memo(Generic[T]):
-    """Findings by key, each with what it was found for."""
+    """A finding, and what it was found for."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[object, T]] = {}
+        self._known: tuple[object, T] | None = None
 
-    def get(self, key: Hashable, seen: object, find: Callable[[], T]) -> T:
+    def get(self, seen: object, find: Callable[[], T]) -> T:
         """What ``find`` says, or what it said when ``seen`` was last another."""
-        known = self._known.get(key)
-        if known is None or known[0] != seen:
-            known = self._known[key] = seen, find()
-        return known[1]
+        if self._known is None or self._known[0] != seen:
+            self._known = seen, find()
+        return self._known[1]

@@ -12,6 +12,7 @@ before it is stored, so a codec's error enters only with the next step.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -232,11 +233,11 @@ class MuonMatrix:
     ) -> Entry | None:
         """What ``find`` says, until ``whole`` is laid out otherwise or what is stored lies elsewhere: finding an entry
         costs the host more than all else that it does for a piece."""
-        return self._entries.get((kind, rect), (whole.device, whole.dtype, whole.stride(), *stored), find)
+        return self._entries[kind, rect].get((whole.device, whole.dtype, whole.stride(), *stored), find)
 
     @cached_property
-    def _entries(self) -> Memo[Entry | None]:
-        return Memo()
+    def _entries(self) -> defaultdict[tuple[str, Rect], Memo[Entry | None]]:
+        return defaultdict(Memo)
 
 
 @dataclass(frozen=True)
