@@ -71,12 +71,12 @@ class FloatWire:
         return _aligned(rows * cols * self.dtype.itemsize)
 
     def for_kernels(self, packed: Tensor, rows: int, cols: int) -> Encoded:
-        return Encoded(_FORMATS[self.dtype], {"": packed.view(self.dtype)[: rows * cols]})
+        return self._encoded(packed.view(self.dtype)[: rows * cols])
 
     def pack(self, pieces: Tensor, out: Tensor) -> None:
         there = self.view(out, *pieces.shape[-2:])
         if _fits_recode(pieces):  # faster than torch's copies with strides
-            recode.encode(pieces, Encoded(_FORMATS[self.dtype], {"": there}))
+            recode.encode(pieces, self._encoded(there))
         else:
             there.copy_(pieces)
 
@@ -85,12 +85,15 @@ class FloatWire:
         if out is None:
             return there
         if _fits_recode(out):
-            recode.decode(Encoded(_FORMATS[self.dtype], {"": there}), out)
+            recode.decode(self._encoded(there), out)
             return out
         return out.copy_(there)
 
     def view(self, packed: Tensor, rows: int, cols: int) -> Tensor:
         return packed.view(self.dtype)[..., : rows * cols].unflatten(-1, (rows, cols))
+
+    def _encoded(self, numbers: Tensor) -> Encoded:
+        return Encoded(_FORMATS[self.dtype], {"": numbers})
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from muon_dist.kernels import Encoded
 from muon_dist.kernels.table import (
     FORMATS,
     Key,
+    addresses,
     aligned,
     bits,
     common_block,
@@ -80,7 +81,7 @@ class Entry(NamedTuple):
     def of(cls, weight: Tensor, gradient: Tensor, step: Tensor, first: Encoded, second: Encoded) -> Entry | None:
         """None where a parameter cannot share a launch. Arguments are those of :func:`adamw`."""
         block = common_block(weight, first, second) if weight.numel() <= _LARGEST_OF_MANY else 0
-        moments = tuple(pointer.data_ptr() for moment in (first, second) for pointer in moment.pointers[:2])
+        moments = addresses(first, second)
         if not block or not aligned(moments):
             return None
         # Every parameter of a launch is given as many programs as the largest needs: one has at most twice as many.

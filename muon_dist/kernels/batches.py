@@ -16,6 +16,7 @@ from muon_dist.kernels import Encoded, Tables, fit, look_ups, tables_of
 from muon_dist.kernels.table import (
     FORMATS,
     Key,
+    addresses,
     aligned,
     bits,
     common_block,
@@ -78,8 +79,8 @@ class Entry(NamedTuple):
         alike = (piece.device, piece.dtype, *(value.format for value in values), block)
         if momentum is not None:
             alike = (*alike, momentum.pointers[0].device != piece.device)
-        stored = () if momentum is None else tuple(pointer.data_ptr() for pointer in momentum.pointers[:2])
-        in_packed = tuple(pointer.data_ptr() - packed.data_ptr() for pointer in travelling.pointers[:2])
+        stored = () if momentum is None else addresses(momentum)
+        in_packed = tuple(address - packed.data_ptr() for address in addresses(travelling))
         in_whole = piece.data_ptr() - whole.data_ptr()
         if not aligned([*stored, *in_packed]):
             return None

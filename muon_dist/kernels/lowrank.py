@@ -57,7 +57,7 @@ class Pieces(NamedTuple):
         rows = []
         for gradient, rest, wire in zip(gradients, rests, packed, strict=True):
             block = common_block(gradient, rest, wire)
-            place = [*addresses(gradient, rest, wire), rest.of_columns.data_ptr()]
+            place = [gradient.data_ptr(), *addresses(rest, wire), rest.of_columns.data_ptr()]
             if not block or not fit(gradient.shape, rest, wire) or wire.tables is not None or not aligned(place):
                 return None
             rows.append([gradient.numel() // block, *place])

@@ -30,8 +30,9 @@ def common_block(plain: Tensor, *values: Encoded) -> int:
     return block if divides and plain.is_contiguous() and block & (block - 1) == 0 and block <= TILE_ELEMENTS else 0
 
 
-def addresses(plain: Tensor, *values: Encoded) -> list[int]:
-    return [plain.data_ptr(), *(pointer.data_ptr() for value in values for pointer in value.pointers[:2])]
+def addresses(*values: Encoded) -> tuple[int, ...]:
+    """Of the elements and the scales of each."""
+    return tuple(pointer.data_ptr() for value in values for pointer in value.pointers[:2])
 
 
 def aligned(addresses: Sequence[int]) -> bool:
