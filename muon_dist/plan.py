@@ -117,7 +117,7 @@ class Plan:
 def polar_flops(rows: int, cols: int) -> int:
     """FLOPs of one polar factor with the coefficients that are the default, symmetric products counted by half."""
     short, long = sorted((rows, cols))
-    return min(6 * short**2 * long + 9 * short**3, 3 * short**2 * long + 16 * short**3)
+    return min(6 * short**2 * long + 9 * short**3, 3 * short**2 * long + 17 * short**3)
 
 
 def make_plan(matrices: Sequence[Matrix], ranks: int, wire: WireFormat, chunk_bytes: int) -> Plan:

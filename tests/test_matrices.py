@@ -257,7 +257,8 @@ def test_the_scale_of_an_update_knows_outputs_from_inputs() -> None:
     def update(value: Tensor, **options: Any) -> Tensor:
         p = nn.Parameter(torch.zeros_like(value))
         p.grad = value.clone()
-        DistMuon([("w", p)], lr=1.0, wire="fp32", **options).step()
+        # It makes less than the default of sums in another order.
+        DistMuon([("w", p)], lr=1.0, wire="fp32", polar="polar_express", **options).step()
         return p.detach()
 
     torch.testing.assert_close(update(gradient, transposed=["w"]), update(gradient.mT.contiguous()).mT)

@@ -106,9 +106,12 @@ class Product(NamedTuple):
         a, b: slots of the factors; None for X, which is then both.
         out: slot of the result, which is none of the others.
         add, also: slots of D and E; None for none.
-        b_rest: slot of what rounding took off B, which is then multiplied too.
-        rest: slot for what rounding takes off the result, where that is to be kept. Such a product adds nothing.
+        a_rest: slot of what rounding took off A, which is then multiplied too.
+        rest: slot for what rounding takes off the result, where that is to be kept. If such a product is symmetric, it
+            adds nothing; if not, it adds D, which may lie in this slot. X X^T then uses the last two slots, too.
         is_symmetric: whether the result is, so that half of it need not be computed.
+        keeps_diagonal: whether each row is multiplied by what makes its diagonal element a number that the dtype has.
+            Such a product adds nothing, and is not symmetric.
     """
 
     a: int | None
@@ -120,9 +123,16 @@ class Product(NamedTuple):
     beta: float = 0.0
     gamma: float = 0.0
     diagonal: float = 0.0
-    b_rest: int | None = None
+    a_rest: int | None = None
     rest: int | None = None
     is_symmetric: bool = True
+    keeps_diagonal: bool = False
+
+    @property
+    def terms(self) -> list[tuple[int | None, int | None]]:
+        """The factors of what is summed up, one term or two."""
+        first = (self.a, self.b)
+        return [first] if self.a_rest is None else [first, (self.a_rest, self.b)]
 
 
 class Chain(NamedTuple):

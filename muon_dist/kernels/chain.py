@@ -17,7 +17,9 @@ The warps of a program have four jobs:
 A multiplier hands over its results in two halves of 128 columns, as they are and mirrored. They pass through buffers of
 its own, into which the loader has put what is to be added (D); the first half's mirror image passes through a stage of
 the ring that the loader lends for it. A second matrix to be added (E) is read from memory by the multipliers. Where
-what rounding takes off is kept too, which is seldom, buffers are used in turns without a loan.
+what rounding takes off is kept too, which is seldom, buffers are used in turns without a loan; and the sums of X X^T,
+which can be of many columns, are put aside in memory now and then. Where rows are scaled for their diagonal elements,
+the tiles on the diagonal are computed first, as a product of their own.
 
 Reference: :func:`muon_dist.polar.products.multiply_chain` with plain products. Written in Gluon, Triton's layer for
 those who place memory and barriers themselves; it cannot be interpreted on CPU.
@@ -37,7 +39,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from muon_dist.kernels import Chain, chain_takes
 from muon_dist.kernels.chain_copies import loader, storer
 from muon_dist.kernels.chain_multiplier import multiplier
-from muon_dist.kernels.chain_tiles import DEPTH, LAYOUT, ROW, STAGES, TILE, new_barriers
+from muon_dist.kernels.chain_tiles import (
+    ALL,
+    DEPTH,
+    DIAGONAL,
+    LAYOUT,
+    ROW,
+    ROWS_SCALED,
+    STAGES,
+    SYMMETRIC,
+    TILE,
+    new_barriers,
+)
 from muon_dist.kernels.compiled import Compiled
 
 # Tiles of a matrix, more than there are.
@@ -59,22 +72,25 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def multiply_chain(x: Tensor, chain: Chain, squares: Tensor) -> None:
+def multiply_chain(x: Tensor, chain: Chain, squares: Tensor, factors: Tensor | None = None) -> None:
     """Runs the products of ``chain`` from ``x``, [n, s, k], contiguous or the transpose of such; into ``squares``, its
-    slots, [slots, n, s, s] of the same dtype: these are then transposes, too, where that makes a difference."""
+    slots, [slots, n, s, s] of the same dtype. ``factors``, fp32 [n], are what X and the result are taken times."""
     n, s, k = x.shape
     transposed = x.stride(2) != 1
     operand = [DEPTH.value, TILE.value] if transposed else [TILE.value, DEPTH.value]
     rows = squares.view(-1, s)
-    table, scales, tiles = _table(chain, s // TILE.value, transposed, x.device)
+    table, scales, tiles = _table(chain, s // TILE.value, transposed, factors is not None, x.device)
     # The queue's next tile, and for each product of each matrix how many parts of it have arrived in memory.
-    counts = torch.zeros(1 + len(chain.products) * n, dtype=torch.int32, device=x.device)
+    counts = torch.zeros(1 + len(scales) * n, dtype=torch.int32, device=x.device)
+    aside = squares[-2:].view(torch.float32)
+    of_rows = torch.empty(n, s, dtype=torch.float32, device=x.device)
     total = n * tiles
     arguments = (
         TensorDescriptor.from_tensor((x.mT if transposed else x).flatten(0, 1), operand, LAYOUT.value),
         TensorDescriptor.from_tensor(rows, [64, 128], LAYOUT.value),
         TensorDescriptor.from_tensor(rows, [128, 64], LAYOUT.value),
-        *(squares, table, scales, counts, s, k, n, total, transposed),
+        *(squares, aside, table, scales, scales if factors is None else factors, of_rows),
+        *(counts, s, k, n, total, transposed),
     )
     key = (n, s, k, total, transposed, x.dtype, x.device)
     # 168 registers a thread on average, of which multipliers take 232.
@@ -82,30 +98,41 @@ def multiply_chain(x: Tensor, chain: Chain, squares: Tensor) -> None:
 
 
 @lru_cache
-def _table(chain: Chain, rows: int, transposed: bool, device: torch.device) -> tuple[Tensor, Tensor, int]:
+def _table(
+    chain: Chain, rows: int, transposed: bool, has_factors: bool, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
     """The products as chain_tiles.py has them; alpha, beta, gamma and diagonal of each; and the tiles of all for a
-    matrix of as many ``rows`` of tiles."""
-    columns = (rows + 1) // 2
-    half, all_tiles = sum(row // 2 + 1 for row in range(rows)), rows * columns
-    table, scales, total = [], [], 0
-    for p in chain.products:
-        terms = [(p.a, p.b)] if p.b_rest is None else [(p.a, p.b), (p.a, p.b_rest)]
-        if transposed and not p.is_symmetric:  # the transpose of A B^T is to be stored
+    matrix of as many ``rows`` of tiles. A product that keeps its diagonal is two here: the first finds it."""
+    tiles_of = {
+        SYMMETRIC.value: sum(row // 2 + 1 for row in range(rows)),
+        DIAGONAL.value: rows,
+        ALL.value: rows * ((rows + 1) // 2),
+        ROWS_SCALED.value: rows * ((rows + 1) // 2),
+    }
+    table, scales = [], []
+    for index, p in enumerate(chain.products):
+        is_last = index == len(chain.products) - 1
+        terms = p.terms
+        if transposed and not (p.is_symmetric or is_last):  # the next product reads the transpose of what is stored
             terms = [term[::-1] for term in terms]
         factors = [slot or 0 for term in (terms[0], terms[-1]) for slot in term]
         slots = [-1 if slot is None else slot for slot in (p.add, p.also, p.out, p.rest)]
-        tiles = half if p.is_symmetric else all_tiles
-        table.append([p.a is None, len(terms), *factors, *slots, p.is_symmetric, tiles])
-        scales.append([p.alpha, p.beta, p.gamma, p.diagonal])
-        total += tiles
+        power = (2 if p.a is None else int(is_last)) if has_factors else 0
+        for kind in [DIAGONAL, ROWS_SCALED] if p.keeps_diagonal else [SYMMETRIC if p.is_symmetric else ALL]:
+            table.append([p.a is None, len(terms), *factors, *slots, kind.value, power, tiles_of[kind.value]])
+            scales.append([p.alpha, p.beta, p.gamma, p.diagonal])
+    total = sum(row[-1] for row in table)
     table.append([0] * (ROW.value - 1) + [_ENDLESS])
     numbers = torch.tensor(table, dtype=torch.int32).to(device)
     return numbers, torch.tensor(scales, dtype=torch.float32).to(device), total
 
 
 @gluon.jit
-def _chain(x, wide, tall, squares, table, scales, counts, s, k, n, total, TRANSPOSED: gl.constexpr):
-    """``wide`` and ``tall`` are the same matrices, the squares, in blocks of [64, 128] and [128, 64]."""
+def _chain(
+    x, wide, tall, squares, aside, table, scales, factors, of_rows, counts, s, k, n, total, TRANSPOSED: gl.constexpr
+):
+    """``wide`` and ``tall`` are the same matrices, the squares, in blocks of [64, 128] and [128, 64]; in their memory
+    is also ``aside``, where sums wait, fp32 [n, s, s]. ``of_rows``, by what rows are scaled, is fp32 [n, s]."""
     dtype: gl.constexpr = wide.dtype
     if TRANSPOSED:
         a = gl.allocate_shared_memory(dtype, [STAGES, 64, 128], LAYOUT)
@@ -125,10 +152,11 @@ def _chain(x, wide, tall, squares, table, scales, counts, s, k, n, total, TRANSP
     barriers = (full, empty, added, handed, free, drawn, taken)
     buffers = (a, b, results, tickets)
     geometry = (s, k, n, total)
+    memory = (squares, aside, scales, factors, of_rows)
     gl.warp_specialize(
         [
-            (multiplier, (squares, table, scales, barriers, buffers, geometry, 0, TRANSPOSED)),
-            (multiplier, (squares, table, scales, barriers, buffers, geometry, 1, TRANSPOSED)),
+            (multiplier, (memory, table, barriers, buffers, geometry, 0, TRANSPOSED)),
+            (multiplier, (memory, table, barriers, buffers, geometry, 1, TRANSPOSED)),
             (loader, (x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED)),
             (storer, (wide, tall, table, counts, barriers, buffers, geometry, 0, TRANSPOSED)),
             (storer, (wide, tall, table, counts, barriers, buffers, geometry, 1, TRANSPOSED)),

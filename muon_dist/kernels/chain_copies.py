@@ -15,9 +15,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from muon_dist.kernels.chain_tiles import (
     ADDED,
     DEPTH,
+    DIAGONAL,
     FACTORS,
     FENCE,
     FROM_X,
+    KIND,
     OUT,
     REST,
     ROW,
@@ -57,7 +59,7 @@ def loader(x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED
     while t < total:
         product, first = product_of(t, product, first, table, n)
         row = table + product * ROW
-        m, i, j, whole, crosses = tile_of(t - first, row, s)
+        m, i, left, whole, crosses = tile_of(t - first, row, s)
         from_x = gl.load(row + FROM_X) != 0
         slot_d = gl.load(row + ADDED)
         splits = gl.load(row + REST) >= 0
@@ -74,7 +76,7 @@ def loader(x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED
                 mbarrier.wait(empty.index(stage), it // STAGES + 1 & 1)
                 mbarrier.expect(full.index(stage), 3 * _OPERAND_BYTES, pred=whole)
                 mbarrier.expect(full.index(stage), 2 * _OPERAND_BYTES, pred=whole == 0)
-                place = (i, j, start, whole, full.index(stage), a.index(stage), b.index(stage))
+                place = (i, left, start, whole, full.index(stage), a.index(stage), b.index(stage))
                 if from_x:
                     _load_operands(x, a_top, b_top, place, TRANSPOSED)
                 elif TRANSPOSED:
@@ -89,19 +91,22 @@ def loader(x, wide, tall, table, counts, barriers, buffers, geometry, TRANSPOSED
                 mbarrier.expect(added.index(w), 2 * _RESULT_BYTES, pred=whole)
                 mbarrier.expect(added.index(w), _RESULT_BYTES, pred=whole == 0)
                 top = (slot_d * n + m) * s + i * 128 + 64 * w
-                load(wide, [top, j * 256], added.index(w), results.index(2 * w))
-                load(wide, [top, j * 256 + 128], added.index(w), results.index(2 * w + 1), pred=whole)
+                load(wide, [top, left], added.index(w), results.index(2 * w))
+                load(wide, [top, left + 128], added.index(w), results.index(2 * w + 1), pred=whole)
         # While the last stages are multiplied: the next tile, and whether it has to wait. Not earlier, as others may
         # wait for a tile that is drawn.
         turn += 1
         t = draw(counts, tickets, drawn, taken, turn)
-        if splits:
+        if splits & (gl.load(row + KIND) == SYMMETRIC):
             uses0 += gl.where(whole, 4, 2)
             uses1 += gl.where(whole, gl.where(crosses, 2, 4), 0)
+        elif splits:
+            uses0 += gl.where(whole, 2, 1)
+            uses1 += gl.where(whole, 2, 1)
         else:
             uses0 += gl.where(crosses, 1, 2)
             uses1 += whole.to(gl.int32)
-            if whole & (gl.load(row + SYMMETRIC) != 0):
+            if whole & (gl.load(row + KIND) == SYMMETRIC):
                 stage = it % STAGES
                 mbarrier.wait(empty.index(stage), it // STAGES + 1 & 1)
                 mbarrier.arrive(full.index(stage))
@@ -125,15 +130,15 @@ def _has_arrived(counts, product, m, table, n):
 @gluon.jit
 def _load_operands(source, a_top, b_top, place, TRANSPOSED: gl.constexpr):
     """64 columns of A and B, or rows of their transposes, into a stage."""
-    i, j, start, whole, full, a, b = place
+    i, left, start, whole, full, a, b = place
     if TRANSPOSED:
         load(source, [a_top + start, i * 128], full, a)
-        load(source, [b_top + start, j * 256], full, b.slice(0, 128, dim=1))
-        load(source, [b_top + start, j * 256 + 128], full, b.slice(128, 128, dim=1), pred=whole)
+        load(source, [b_top + start, left], full, b.slice(0, 128, dim=1))
+        load(source, [b_top + start, left + 128], full, b.slice(128, 128, dim=1), pred=whole)
     else:
         load(source, [a_top + i * 128, start], full, a)
-        load(source, [b_top + j * 256, start], full, b.slice(0, 128, dim=0))
-        load(source, [b_top + j * 256 + 128, start], full, b.slice(128, 128, dim=0), pred=whole)
+        load(source, [b_top + left, start], full, b.slice(0, 128, dim=0))
+        load(source, [b_top + left + 128, start], full, b.slice(128, 128, dim=0), pred=whole)
 
 
 @gluon.jit
@@ -154,14 +159,14 @@ def storer(wide, tall, table, counts, barriers, buffers, geometry, w: gl.constex
     while t < total:
         product, first = product_of(t, product, first, table, n)
         row = table + product * ROW
-        m, i, j, whole, crosses = tile_of(t - first, row, s)
+        m, i, left, whole, crosses = tile_of(t - first, row, s)
         it += gl.load(row + TERMS) * gl.where(gl.load(row + FROM_X) != 0, k, s) // DEPTH
         top = (gl.load(row + OUT) * n + m) * s
         slot_rest = gl.load(row + REST)
         across = i * 128 + 64 * w
-        if slot_rest >= 0:
+        if (slot_rest >= 0) & (gl.load(row + KIND) == SYMMETRIC):
             for half in range(gl.where(whole, 2, 1)):
-                down = j * 256 + half * 128
+                down = left + half * 128
                 is_mirrored = whole & ((half == 0) | (crosses == 0))
                 for is_rest in gl.static_range(2):
                     place = (slot_rest * n + m) * s if is_rest else top
@@ -175,18 +180,33 @@ def storer(wide, tall, table, counts, barriers, buffers, geometry, w: gl.constex
                     tma.store_wait(pendings=0)
                     mbarrier.arrive(free.index(2 * w))
                     mbarrier.arrive(free.index(2 * w + 1), pred=is_mirrored)
+        elif slot_rest >= 0:
+            place = (slot_rest * n + m) * s + across
+            for half in range(gl.where(whole, 2, 1)):
+                down = left + half * 128
+                mbarrier.wait(handed.index(3 * w), uses0 & 1)
+                store(wide, [top + across, down], half0)
+                uses0 += 1
+                mbarrier.wait(handed.index(3 * w + 1), uses1 & 1)
+                store(wide, [place, down], half1)
+                uses1 += 1
+                tma.store_wait(pendings=1)
+                mbarrier.arrive(free.index(2 * w))
+                tma.store_wait(pendings=0)
+                mbarrier.arrive(free.index(2 * w + 1))
         else:
             mbarrier.wait(handed.index(3 * w), uses0 & 1)
-            store(wide, [top + across, j * 256], half0)
+            if gl.load(row + KIND) != DIAGONAL:
+                store(wide, [top + across, left], half0)
             uses0 += 1
             if whole:
-                is_lent = gl.load(row + SYMMETRIC) != 0
+                is_lent = gl.load(row + KIND) == SYMMETRIC
                 stage = it % STAGES
                 if is_lent:
                     mbarrier.wait(handed.index(3 * w + 2), loans & 1)
-                    store(tall, [top + j * 256, across], on_loan(a, b, stage, w, TRANSPOSED))
+                    store(tall, [top + left, across], on_loan(a, b, stage, w, TRANSPOSED))
                 mbarrier.wait(handed.index(3 * w + 1), uses1 & 1)
-                store(wide, [top + across, j * 256 + 128], half1)
+                store(wide, [top + across, left + 128], half1)
                 uses1 += 1
                 if is_lent:
                     tma.store_wait(pendings=2)
@@ -200,7 +220,7 @@ def storer(wide, tall, table, counts, barriers, buffers, geometry, w: gl.constex
                     mbarrier.arrive(free.index(2 * w))
                 if crosses == 0:
                     mbarrier.wait(handed.index(3 * w), uses0 & 1)
-                    store(tall, [top + j * 256 + 128, across], turned(half0))
+                    store(tall, [top + left + 128, across], turned(half0))
                     uses0 += 1
                     tma.store_wait(pendings=0)
                     mbarrier.arrive(free.index(2 * w))

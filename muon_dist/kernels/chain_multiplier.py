@@ -18,9 +18,13 @@ from muon_dist.kernels.chain_tiles import (
     ADDED,
     ALSO,
     DEPTH,
+    DIAGONAL,
     FROM_X,
+    KIND,
+    POWER,
     REST,
     ROW,
+    ROWS_SCALED,
     STAGES,
     SYMMETRIC,
     TERMS,
@@ -31,11 +35,15 @@ from muon_dist.kernels.chain_tiles import (
     turned,
 )
 
+# Steps after which sums of X X^T are put aside, where what rounding takes off it is kept: tensor cores cut each sum off
+# instead of rounding it, which after thousands of columns is more than that.
+_STEPS = gl.constexpr(64)
 _HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))  # of [64, 128] in registers
 
 
 @gluon.jit
-def multiplier(squares, table, scales, barriers, buffers, geometry, w: gl.constexpr, TRANSPOSED: gl.constexpr):
+def multiplier(memory, table, barriers, buffers, geometry, w: gl.constexpr, TRANSPOSED: gl.constexpr):
+    squares, aside, scales, factors, of_rows = memory
     full, empty, added, handed, free, drawn, taken = barriers
     a, b, results, tickets = buffers
     s, k, n, total = geometry
@@ -52,28 +60,51 @@ def multiplier(squares, table, scales, barriers, buffers, geometry, w: gl.conste
     while t < total:
         product, first_tile = product_of(t, product, first_tile, table, n)
         row = table + product * ROW
-        m, i, j, whole, crosses = tile_of(t - first_tile, row, s)
+        m, i, left_column, whole, crosses = tile_of(t - first_tile, row, s)
         adds = gl.load(row + ADDED) >= 0
         slot_e = gl.load(row + ALSO)
         splits = gl.load(row + REST) >= 0
-        alpha = gl.load(scales + product * 4)
-        beta = gl.load(scales + product * 4 + 1)
-        gamma = gl.load(scales + product * 4 + 2)
-        diagonal = gl.load(scales + product * 4 + 3)
-        steps = gl.load(row + TERMS) * gl.where(gl.load(row + FROM_X) != 0, k, s) // DEPTH
-        e = squares + ((slot_e * n + m).to(gl.int64) * s + i * 128 + 64 * w) * s + j * 256
+        kind = gl.load(row + KIND)
+        power = gl.load(row + POWER)
+        factor = gl.load(factors + m, mask=power > 0, other=1.0)
+        factor *= gl.where(power > 1, factor, 1.0)
+        alpha = factor * gl.load(scales + product * 4)
+        beta = factor * gl.load(scales + product * 4 + 1)
+        gamma = factor * gl.load(scales + product * 4 + 2)
+        diagonal = factor * gl.load(scales + product * 4 + 3)
+        from_x = gl.load(row + FROM_X) != 0
+        steps = gl.load(row + TERMS) * gl.where(from_x, k, s) // DEPTH
+        before = gl.where(from_x & splits, (steps - 1) // _STEPS * _STEPS, 0)
+        e = squares + ((slot_e * n + m).to(gl.int64) * s + i * 128 + 64 * w) * s + left_column
+        so_far = aside + ((m * s + i * 128 + 64 * w).to(gl.int64) * s + left_column)
+        rows = of_rows + m * s + i * 128 + 64 * w + gl.arange(0, 64, gl.SliceLayout(1, _HALF))
         if whole:
+            for start in range(0, before, _STEPS):
+                sums = _multiply(full, empty, a, b, it, _STEPS, w, 256, TRANSPOSED)
+                it += _STEPS
+                first, second = _halves(_finish(sums, empty, it))
+                _put_aside(so_far, s, first, start > 0)
+                _put_aside(so_far + 128, s, second, start > 0)
+            steps -= before
             sums = _multiply(full, empty, a, b, it, steps, w, 256, TRANSPOSED)
             e0 = _also_added(e, s, slot_e >= 0)
+            scale = alpha * gl.load(rows, mask=kind == ROWS_SCALED, other=1.0)[:, None]
             it += steps
-            sums = _finish(sums, empty, it)
-            first, second = sums.reshape((64, 2, 128)).permute((0, 2, 1)).split()
-            first = alpha * gl.convert_layout(first, _HALF, assert_trivial=True)
-            second = gl.convert_layout(second, _HALF, assert_trivial=True)
-            if splits:
+            first, second = _halves(_finish(sums, empty, it))
+            if before > 0:
+                first += _half_at(so_far, s)
+                second += _half_at(so_far + 128, s)
+            first *= scale
+            if splits & (kind == SYMMETRIC):
                 uses0, uses1 = _hand_over_split(first, True, half0, half1, handed, free, uses0, uses1, w)
-                second *= alpha
+                second *= scale
                 uses0, uses1 = _hand_over_split(second, crosses == 0, half0, half1, handed, free, uses0, uses1, w)
+            elif splits:
+                mbarrier.wait(added.index(w), additions & 1)
+                first += beta * half0.load(_HALF).to(gl.float32)
+                second = scale * second + beta * half1.load(_HALF).to(gl.float32)
+                uses0, uses1 = _hand_over_both(first, half0, half1, handed, free, uses0, uses1, w)
+                uses0, uses1 = _hand_over_both(second, half0, half1, handed, free, uses0, uses1, w)
             else:
                 first += gamma * e0.to(gl.float32)
                 if adds:
@@ -84,12 +115,12 @@ def multiplier(squares, table, scales, barriers, buffers, geometry, w: gl.conste
                     mbarrier.wait(free.index(2 * w + 1), uses1 + 1 & 1)
                 stored = first.to(results.dtype)
                 _hand_over(half0, stored, handed.index(3 * w))
-                if gl.load(row + SYMMETRIC) != 0:
+                if kind == SYMMETRIC:
                     mbarrier.wait(full.index(it % STAGES), it // STAGES & 1)
                     lent = on_loan(a, b, it % STAGES, w, TRANSPOSED)
                     _hand_over(lent, stored.permute((1, 0)), handed.index(3 * w + 2))
                     it += 1
-                second = alpha * second + gamma * _also_added(e + 128, s, slot_e >= 0).to(gl.float32)
+                second = scale * second + gamma * _also_added(e + 128, s, slot_e >= 0).to(gl.float32)
                 if adds:
                     second += beta * half1.load(_HALF).to(gl.float32)
                 if crosses:
@@ -103,12 +134,30 @@ def multiplier(squares, table, scales, barriers, buffers, geometry, w: gl.conste
                     uses0 += 1
                 uses1 += 1
         else:
+            for start in range(0, before, _STEPS):
+                left = _multiply(full, empty, a, b, it, _STEPS, w, 128, TRANSPOSED)
+                it += _STEPS
+                _put_aside(so_far, s, _finish(left, empty, it), start > 0)
+            steps -= before
             left = _multiply(full, empty, a, b, it, steps, w, 128, TRANSPOSED)
             e0 = _also_added(e, s, slot_e >= 0)
+            scale = alpha * gl.load(rows, mask=kind == ROWS_SCALED, other=1.0)[:, None]
             it += steps
-            left = alpha * _finish(left, empty, it)
-            if splits:
+            left = _finish(left, empty, it)
+            if before > 0:
+                left += _half_at(so_far, s)
+            left *= scale
+            if kind == DIAGONAL:
+                mbarrier.wait(free.index(2 * w), uses0 + 1 & 1)
+                gl.store(rows, _scales_for_diagonal(left, results.dtype, w))
+                mbarrier.arrive(handed.index(3 * w))
+                uses0 += 1
+            elif splits & (kind == SYMMETRIC):
                 uses0, uses1 = _hand_over_split(left, False, half0, half1, handed, free, uses0, uses1, w)
+            elif splits:
+                mbarrier.wait(added.index(w), additions & 1)
+                left += beta * half0.load(_HALF).to(gl.float32)
+                uses0, uses1 = _hand_over_both(left, half0, half1, handed, free, uses0, uses1, w)
             else:
                 left += gamma * e0.to(gl.float32)
                 if adds:
@@ -151,12 +200,35 @@ def _finish(sums, empty, it):
 
 
 @gluon.jit
+def _halves(sums):
+    """Columns of the left and of the right."""
+    first, second = sums.reshape((64, 2, 128)).permute((0, 2, 1)).split()
+    return gl.convert_layout(first, _HALF, assert_trivial=True), gl.convert_layout(second, _HALF, assert_trivial=True)
+
+
+@gluon.jit
+def _half_at(place, s):
+    """[64, 128] from memory, as a multiplier has half of its sums."""
+    rows = gl.arange(0, 64, gl.SliceLayout(1, _HALF))
+    columns = gl.arange(0, 128, gl.SliceLayout(0, _HALF))
+    return gl.load(place + rows[:, None] * s + columns[None, :])
+
+
+@gluon.jit
+def _put_aside(place, s, values, adds):
+    """Adds half of the sums to what is in memory, or is the first to be there."""
+    if adds:
+        values += _half_at(place, s)
+    rows = gl.arange(0, 64, gl.SliceLayout(1, _HALF))
+    columns = gl.arange(0, 128, gl.SliceLayout(0, _HALF))
+    gl.store(place + rows[:, None] * s + columns[None, :], values)
+
+
+@gluon.jit
 def _also_added(e, s, adds):
     """E's half, straight from memory; zeros if there is none."""
     if adds:
-        rows = gl.arange(0, 64, gl.SliceLayout(1, _HALF))
-        columns = gl.arange(0, 128, gl.SliceLayout(0, _HALF))
-        values = gl.load(e + rows[:, None] * s + columns[None, :])
+        values = _half_at(e, s)
     else:
         values = gl.zeros((64, 128), e.dtype.element_ty, _HALF)
     return values
@@ -170,10 +242,31 @@ def _with_diagonal(values, diagonal, w: gl.constexpr):
 
 
 @gluon.jit
+def _scales_for_diagonal(values, dtype: gl.constexpr, w: gl.constexpr):
+    """By what rows are to be multiplied for their diagonal elements to be what they are rounded to."""
+    rows = gl.arange(0, 64, gl.SliceLayout(1, _HALF)) + 64 * w
+    columns = gl.arange(0, 128, gl.SliceLayout(0, _HALF))
+    diagonal = gl.sum(gl.where(rows[:, None] == columns[None, :], values, 0.0), axis=1)
+    return gl.where(diagonal == 0, 1.0, diagonal.to(dtype).to(gl.float32) / diagonal)
+
+
+@gluon.jit
 def _hand_over(buffer, values, handed):
     buffer.store(values)
     fence_async_shared()
     mbarrier.arrive(handed)
+
+
+@gluon.jit
+def _hand_over_both(values, half0, half1, handed, free, uses0, uses1, w: gl.constexpr):
+    """Values in half precision in the first half, and what that loses of them in the second."""
+    stored = values.to(half0.dtype)
+    values -= stored.to(gl.float32)
+    mbarrier.wait(free.index(2 * w), uses0 + 1 & 1)
+    _hand_over(half0, stored, handed.index(3 * w))
+    mbarrier.wait(free.index(2 * w + 1), uses1 + 1 & 1)
+    _hand_over(half1, values.to(half0.dtype), handed.index(3 * w + 1))
+    return uses0 + 1, uses1 + 1
 
 
 @gluon.jit

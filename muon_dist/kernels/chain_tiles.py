@@ -23,10 +23,14 @@ store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _IS_NAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
-# What stands where in a row of the table of products: slots, of which -1 is none; the factors of one or two terms.
-FROM_X, TERMS, FACTORS, ADDED, ALSO, OUT, REST, SYMMETRIC, TILES, ROW = map(
-    gl.constexpr, (0, 1, 2, 6, 7, 8, 9, 10, 11, 12)
+# What stands where in a row of the table of products: slots, of which -1 is none; the factors of one or two terms; with
+# which power of X's factor the result goes.
+FROM_X, TERMS, FACTORS, ADDED, ALSO, OUT, REST, KIND, POWER, TILES, ROW = map(
+    gl.constexpr, (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13)
 )
+# Which tiles of a result are computed: all; those on and below the diagonal; those on the diagonal, of which nothing is
+# kept but by what each row is to be multiplied; all, with rows multiplied by that.
+ALL, SYMMETRIC, DIAGONAL, ROWS_SCALED = map(gl.constexpr, (0, 1, 2, 3))
 
 
 @gluon.jit
@@ -43,19 +47,20 @@ def product_of(t, product, first, table, n):
 
 @gluon.jit
 def tile_of(tile, row, s):
-    """Matrix, row and column of a product's tile, whether it is whole, and whether it crosses the diagonal; ``row`` is
-    that of the table.
+    """Matrix, row, and first column of a product's tile; whether it is whole, and whether it crosses the diagonal.
+    ``row`` is that of the table.
 
     Row 2 g and row 2 g + 1 of a symmetric product's tiles have g + 1 each, the last of which crosses the diagonal; in
     row 2 g only the left half of that one is on or below it, and that half is all that is computed. Others have all
     tiles, of which none has a mirror image to be stored, as if all crossed the diagonal; the last in a row may have no
-    right half. _GROUP pairs of rows are worked on column by column.
+    right half. _GROUP pairs of rows are worked on column by column. Of the diagonal alone, tiles are left halves.
     """
     tiles = gl.load(row + TILES)
     m = tile // tiles
     tile -= m * tiles
     columns = (s // TILE + 1) // 2
-    if gl.load(row + SYMMETRIC) != 0:
+    kind = gl.load(row + KIND)
+    if kind == SYMMETRIC:
         first = _root(tile) // _GROUP * _GROUP  # pair of the group
         tile -= first * (first + 1)
         rows = gl.minimum(2 * _GROUP, s // TILE - 2 * first)
@@ -66,18 +71,23 @@ def tile_of(tile, row, s):
         odd = within // (pair + 1)
         column = within - odd * (pair + 1)
         i = 2 * first + gl.where(is_left, tile % rows, 2 * pair + odd)
-        j = gl.where(is_left, tile // rows, first + column)
+        left = gl.where(is_left, tile // rows, first + column) * 256
         crosses = (is_left == 0) & (column == pair)
         whole = (crosses == 0) | (odd == 1)
+    elif kind == DIAGONAL:
+        i = tile
+        left = tile * 128
+        crosses = tile >= 0
+        whole = tile < 0
     else:
         first = tile // (2 * _GROUP * columns) * (2 * _GROUP)
         tile -= first * columns
         rows = gl.minimum(2 * _GROUP, s // TILE - first)
         i = first + tile % rows
-        j = tile // rows
+        left = tile // rows * 256
         crosses = first >= 0
-        whole = 2 * j + 1 < s // TILE
-    return m, i, j, whole, crosses
+        whole = left + 128 < s
+    return m, i, left, whole, crosses
 
 
 @gluon.jit

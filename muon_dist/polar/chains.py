@@ -6,6 +6,7 @@ symmetric matrix, so they commute and their products are symmetric: but for roun
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 from muon_dist.kernels import Chain, Product
@@ -51,22 +52,31 @@ def doubling_twice(first: Doubling, second: Doubling) -> Chain:
 
         R_2 = P_1 R P_1,    Q = P_2 P_1
 
-    R_2 has eigenvalues that P_1 made from ones a thousand times smaller: so here R counts with what rounding took off
-    it. And P_1, as it was rounded, does not quite commute with R and P_2, so these two products are not symmetric.
+    R_2 has eigenvalues that P_1 made from ones a thousand times smaller: so here R and P_1 R count with what rounding
+    took off them. And P_1, as it was rounded, does not quite commute with R and P_2, so these two products are not
+    symmetric.
+
+    Of steep spectra P_1 and Q are nearly multiples of I. What rounding takes off their diagonals is then most of what
+    it takes, and counts for as much as the largest singular values. P_1 is made as large as to lie just below a power
+    of two, where digits are finest; and each row of Q is scaled so that fp16 has its diagonal element exactly: an error
+    of a whole row counts for no more than that row of the result, whose singular values are alike.
     """
     r, rest, *free = range(4)
-    squares = _squares(first, r, free, _LARGE)
+    a, b, c, d = first[-1]
+    size = _to_below_a_power_of_two(a)
+    squares = _squares((*first[:-1], (size * a, size * b, size * c, size * d)), r, free, _LARGE)
     p = squares[-1].out
-    pr = next(slot for slot in free if slot != p)
-    again = _squares(second, r, [rest, pr])
-    q = next(slot for slot in (rest, pr) if slot != again[-1].out)
+    pr, pr_rest = rest, next(slot for slot in free if slot != p)
+    again = _squares(second, r, [pr, pr_rest])
+    q = next(slot for slot in (pr, pr_rest) if slot != again[-1].out)
     products = (
         Product(None, None, r, alpha=_LARGE, rest=rest),
         *squares,
-        Product(p, r, pr, alpha=1 / _LARGE, b_rest=rest, is_symmetric=False),
-        Product(pr, p, r),
+        Product(p, rest, pr_rest, is_symmetric=False),
+        Product(p, r, pr, add=pr_rest, beta=1.0, rest=pr_rest, is_symmetric=False),
+        Product(pr, p, r, alpha=1 / (_LARGE * size**2), a_rest=pr_rest),
         *again,
-        Product(again[-1].out, p, q, is_symmetric=False),
+        Product(again[-1].out, p, q, alpha=1 / size, is_symmetric=False, keeps_diagonal=True),
     )
     return Chain(products, 4, q)
 
@@ -82,6 +92,12 @@ def _squares(step: Doubling, r: int, free: list[int], scale: float = 1.0) -> lis
         products.append(Product(last, last, out, add, also, d / size**2, beta, gamma, a))
         last, size = out, 1.0
     return products
+
+
+def _to_below_a_power_of_two(number: float) -> float:
+    """What it is to be multiplied by."""
+    mantissa, _ = math.frexp(number)
+    return 0.998 / mantissa
 
 
 def _polynomial(r: int, p: int, triple: Triple) -> Product:

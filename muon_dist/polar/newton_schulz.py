@@ -5,7 +5,7 @@ singular values, some of them on the Gram matrix alone before the matrix itself 
 s <= l the sides of the matrix, and symmetric products of which half is computed:
 
 - doubling: two polynomials, of degree 65 and 33, each a segment of its own: 6 s^2 l + 9 s^3 FLOPs. Or, where kernels
-  keep what is lost to rounding, one segment of both: 3 s^2 l + 16 s^3, fewer from about l = 2.3 s on.
+  keep what is lost to rounding, one segment of both: 3 s^2 l + 17 s^3, fewer from about l = 2.7 s on.
 - five iterations of degree 5 in the standard form, a segment each: 15 s^2 l + 5 s^3.
 - the same in the Gram form, two iterations and then three at a time: 6 s^2 l + 14 s^3, fewer from about l = 2 s on.
   Source: Gram Newton-Schulz, https://github.com/Dao-AILab/gram-newton-schulz.
@@ -27,8 +27,9 @@ from muon_dist.polar.chains import doubling, doubling_twice, iterations
 from muon_dist.polar.coefficients import Schedule
 from muon_dist.polar.products import is_one_launch, multiply_chain, normalised, times
 
-# From this ratio of the sides on, two doubling polynomials need fewer FLOPs as one segment.
-JOINED_FROM_ASPECT = 7 / 3
+# From this ratio of the sides on, two doubling polynomials are faster as one segment: at 2.69 an H200 takes 2% longer
+# for one, at 3 5% longer for two.
+JOINED_FROM_ASPECT = 2.75
 # And iterations of degree 5 in the Gram form.
 GRAM_FROM_ASPECT = 2.0
 # There the Gram matrix is formed anew after the first two iterations, and then after every third. What rounding makes
@@ -67,23 +68,26 @@ def polar_factor(
     if out is None:
         out = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
     result = out.view(-1, rows, cols)
-    segments = _segments(rows, cols, schedule, form, is_one_launch(result if rows <= cols else result.mT))
+    in_one_launch = is_one_launch(result if rows <= cols else result.mT)
+    segments = _segments(rows, cols, schedule, form, in_one_launch)
     # Two memories take turns with each product of a whole matrix; start with the one that makes the last end in out.
     turns = (torch.empty_like(result), result)
     current, other = turns if len(segments) % 2 else turns[::-1]
     if matrices.stride()[-2:] != (cols, 1):  # cut out of a larger matrix, or a transpose
         matrices = matrices.contiguous()
     matrices = matrices.reshape(-1, rows, cols)
+    factors = None
     if bound is None:
-        normalised(matrices, schedule.margin, out=current)
+        factors = normalised(matrices, schedule.margin, out=current, exactly=in_one_launch)
     else:
         torch.mul(matrices, 1 / (bound * schedule.margin), out=current)
     if rows > cols:
         current, other = current.mT, other.mT  # [n, s, l] with s <= l from here on; the memory stays as it is
     for segment in segments:
-        q = multiply_chain(current, segment)
+        q = multiply_chain(current, segment, factors)
         current, other = times(q, current, out=other), current
         del q  # with its memory, before the next chain takes as much
+        factors = None  # the first Q had them
     return out
 
 

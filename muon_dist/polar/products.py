@@ -17,11 +17,12 @@ if kernels.HAS_TRITON:
 SMALLEST_NORM = 1e-30
 
 
-def multiply_chain(x: Tensor, chain: kernels.Chain) -> Tensor:
+def multiply_chain(x: Tensor, chain: kernels.Chain, factors: Tensor | None = None) -> Tensor:
     """Runs a chain from X, and returns its result.
 
     Args:
         x: ``[n, s, l]``, contiguous, or the transpose of a contiguous one.
+        factors: fp32 ``[n]``: X is taken times these, and so is the result, for the sake of Q X.
 
     Returns:
         ``[n, s, s]`` in the dtype of x; it keeps the memory of all slots of the chain alive.
@@ -29,11 +30,14 @@ def multiply_chain(x: Tensor, chain: kernels.Chain) -> Tensor:
     n, s, _ = x.shape
     squares = x.new_empty((chain.slots, n, s, s))
     if is_one_launch(x):
-        chain_kernels.multiply_chain(x, chain, squares)
-        return squares[chain.result] if x.stride(-1) == 1 else squares[chain.result].mT
+        chain_kernels.multiply_chain(x, chain, squares, factors)
+        return squares[chain.result]
+    if factors is not None:
+        x = x * factors[:, None, None].to(x.dtype)
+        return multiply_chain(x, chain).mul_(factors[:, None, None])
     for product in chain.products:
         a, b = (x if slot is None else squares[slot] for slot in (product.a, product.b))
-        if product.rest is not None or not product.is_symmetric:
+        if len(product.terms) > 1 or product.rest is not None or not product.is_symmetric:
             _any_product(product, a, b, squares)
             continue
         out, beta = squares[product.out], product.beta
@@ -51,11 +55,16 @@ def is_one_launch(x: Tensor) -> bool:
 
 
 def _any_product(product: kernels.Product, a: Tensor, b: Tensor, squares: Tensor) -> None:
-    """A product that nothing is added to, in fp32."""
+    """One of those that are not just symmetric, in fp32."""
     result = a.float() @ b.float().mT
-    if product.b_rest is not None:
-        result += a.float() @ squares[product.b_rest].float().mT
+    if product.a_rest is not None:
+        result += squares[product.a_rest].float() @ b.float().mT
     result *= product.alpha
+    if product.add is not None:
+        result += product.beta * squares[product.add].float()
+    if product.keeps_diagonal:
+        diagonal = result.diagonal(dim1=-2, dim2=-1)
+        result *= (diagonal.to(squares.dtype).float() / diagonal).nan_to_num_(1.0).unsqueeze(-1)
     squares[product.out] = result
     if product.rest is not None:
         squares[product.rest] = result - squares[product.out].float()
@@ -88,17 +97,30 @@ def times(q: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(q, x, out=out)
 
 
-def normalised(matrices: Tensor, margin: float, *, out: Tensor) -> None:
+def normalised(matrices: Tensor, margin: float, *, out: Tensor, exactly: bool = False) -> Tensor | None:
     """Each matrix divided by ``margin`` times its Frobenius norm, into ``out``; zeros stay zeros.
 
-    ``[n, rows, cols]``, contiguous within a matrix; both may be the same memory where their elements are as large.
+    Args:
+        matrices, out: ``[n, rows, cols]``, contiguous within a matrix. They may be the same memory where their elements
+            are as large.
+        exactly: divide by powers of two only, so that fp16 has all digits of what was bf16; norms are then between 32
+            and 64, where few elements are so small that they lose digits.
+
+    Returns:
+        fp32 ``[n]``, by what is still to be multiplied, with ``exactly``.
     """
     if kernels.usable_on(matrices.device):
-        normalise_kernels.normalise(matrices, out, margin, SMALLEST_NORM)
-        return
+        return normalise_kernels.normalise(matrices, out, margin, SMALLEST_NORM, exactly)
     # By the largest element first: then squares neither overflow nor vanish.
     largest = torch.linalg.vector_norm(matrices, ord=torch.inf, dim=(-2, -1)).float().clamp_(min=SMALLEST_NORM)
     relative = matrices.to(torch.float32, copy=True).div_(largest[:, None, None])
     norm = torch.linalg.vector_norm(relative, dim=(-2, -1)).mul_(largest).clamp_(min=SMALLEST_NORM)
-    torch.mul(relative, (largest / (norm * margin))[:, None, None], out=relative)
+    norm *= margin
+    if exactly:
+        _, exponent = torch.frexp(norm)
+        powers = torch.ldexp(torch.ones_like(norm), 6 - exponent)
+        out.copy_(matrices * powers[:, None, None])
+        return 1 / (powers * norm)
+    torch.mul(relative, (largest / norm)[:, None, None], out=relative)
     out.copy_(relative)
+    return None

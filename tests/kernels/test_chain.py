@@ -40,15 +40,32 @@ def test_a_chain_equals_its_products(
     x = torch.randn(n, k, s, device="cuda").div_((s * k) ** 0.5).to(dtype)
     x = x.mT if is_tall else x.view(n, s, k)
     assert chain_kernels.fits(x)
-    squares = x.new_full((chain.slots, n, s, s), float("nan"))
+    for factors in (None, 0.5 + 0.5 * torch.rand(n, device="cuda")):
+        squares = x.new_full((chain.slots, n, s, s), float("nan"))
+        chain_kernels.multiply_chain(x, chain, squares, factors)
+        found, expected = squares[chain.result], multiply_chain(x.float(), chain, factors)
+        # A square doubles relative errors: five of them make more of what is rounded than three iterations do.
+        rounding = 2e-3 if dtype == torch.float16 else 2e-2
+        tolerance = (rounding if chain is ITERATIONS else 4 * rounding) * float(expected.norm())
+        assert float((found.float() - expected).norm()) < tolerance
+
+
+@pytest.mark.parametrize("is_tall", [False, True])
+def test_rows_are_scaled_for_their_diagonal_elements(is_tall: bool) -> None:
+    torch.manual_seed(0)
+    chain = doubling_twice(*DOUBLINGS)
+    tall = torch.randn(2, 4096, 1024, device="cuda").div_(2048).half()
+    x = tall.mT if is_tall else tall.mT.contiguous()
+    squares = x.new_empty(chain.slots, 2, 1024, 1024)
     chain_kernels.multiply_chain(x, chain, squares)
-    found, expected = squares[chain.result], multiply_chain(x.float(), chain)
-    if is_tall:
-        found = found.mT  # laid out as x is
-    # A square doubles relative errors: five of them make more of what is rounded than three iterations do.
-    rounding = 2e-3 if dtype == torch.float16 else 2e-2
-    tolerance = (rounding if chain is ITERATIONS else 4 * rounding) * float(expected.norm())
-    assert float((found.float() - expected).norm()) < tolerance
+    last = chain.products[-1]
+    found, a, b = (squares[slot].double() for slot in (last.out, last.a, last.b))
+    exact = last.alpha * a @ b.mT
+    diagonal, exact_diagonal = found.diagonal(dim1=1, dim2=2), exact.diagonal(dim1=1, dim2=2)
+    of_diagonal = diagonal / exact_diagonal
+    of_others = ((found * exact).sum(-1) - diagonal * exact_diagonal) / (exact.square().sum(-1) - exact_diagonal**2)
+    assert float((of_diagonal - 1).abs().max()) > 2**-13  # half of the last digit is between 2^-12 and 2^-11
+    assert float((of_others - of_diagonal).abs().max()) < 2**-14
 
 
 def test_chains_of_two_streams_share_the_chip() -> None:

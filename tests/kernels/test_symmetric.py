@@ -59,6 +59,13 @@ def test_division_by_the_norm_also_in_place(size: float) -> None:
     found = torch.empty_like(x)
     normalise_kernels.normalise(x, found, 1.1, SMALLEST_NORM)
     assert torch.allclose(found.cpu(), expected, rtol=1e-5)
+    rest = normalise_kernels.normalise(x, found, 1.1, SMALLEST_NORM, exactly=True)
+    exact_rest = normalised(x.cpu(), 1.1, out=expected, exactly=True)
+    assert rest is not None
+    assert exact_rest is not None
+    assert torch.equal(found.cpu(), expected)
+    assert torch.allclose(rest.cpu(), exact_rest, rtol=1e-5)
+    normalise_kernels.normalise(x, found, 1.1, SMALLEST_NORM)
     normalise_kernels.normalise(x, x, 1.1, SMALLEST_NORM)
     assert torch.equal(x, found)
 
