@@ -1,11 +1,11 @@
 """Finds the coefficients of polar="doubling": two odd polynomials, made of squares, that take singular values near one.
 
-    python benchmarks/coefficients.py [--from 1.2e-3] [--products 5 4] [--top 0.94] [--seeds 5]
+    python benchmarks/coefficients.py [--from 1.22e-3] [--products 5 4] [--top 0.94] [--centre 0.97] [--seeds 5]
 
 On CPU; needs scipy. Each polynomial maps an interval that ends at 1 to the narrowest one: whose ends have the largest
 ratio. The first has [--from, 1], and is scaled to end at --top. The second has what the first leaves, up to 1, and is
-scaled to an image symmetric about 1. The first adds the identity in its last product only, for the sake of fp16; the
-second adds identity and Gram matrix, and not the last square.
+scaled to an image symmetric about --centre. The first adds the identity in its last product only, for the sake of
+fp16; the second adds identity and Gram matrix, and not the last square.
 
 There are fewer coefficients than degrees, and many local optima. A seed is a batch of random starts that Adam takes
 uphill; sequential quadratic programming (scipy's SLSQP) finishes the best few. Printed are the ratios they reach, the
@@ -196,9 +196,10 @@ def figures(polynomials: list[Tensor], smallest: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", type=float, default=1.2e-3, dest="smallest", help="smallest singular value")
+    parser.add_argument("--from", type=float, default=1.22e-3, dest="smallest", help="smallest singular value")
     parser.add_argument("--products", type=int, nargs=2, default=(5, 4), metavar=("FIRST", "SECOND"))
     parser.add_argument("--top", type=float, default=0.94, help="where the first polynomial ends")
+    parser.add_argument("--centre", type=float, default=0.97, help="of what the second one ends at")
     parser.add_argument("--seeds", type=int, default=5, help=f"batches of {STARTS} starts for each polynomial")
     arguments = parser.parse_args()
     found: list[Tensor] = []
@@ -210,7 +211,7 @@ def main() -> None:
         ratio = float(ratios(polynomial, smallest))
         if ratio <= 0:
             parser.error(f"--seeds {arguments.seeds}: no start led to a polynomial without zeros; try more")
-        top = arguments.top if i == 0 else 2 / (1 + ratio)
+        top = arguments.top if i == 0 else 2 * arguments.centre / (1 + ratio)
         found.append(scaled(polynomial, smallest, top))
         smallest = ratio * top
     print(f"in {time.perf_counter() - begin:.0f} s\n\n" + "\n".join(as_table(found)) + "\n")

@@ -14,7 +14,7 @@ SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "coeff
 STEPS = schedule("doubling")
 TABLE = [torch.tensor(doubling, dtype=torch.float64) for doubling in STEPS.doublings]
 # Each polynomial is for singular values from this to one.
-SMALLEST = (1.2e-3, 0.0563)
+SMALLEST = (1.22e-3, 0.0573)
 
 
 def test_the_doubling_table_maps_to_what_its_comment_says_and_fits_fp16() -> None:
@@ -25,7 +25,7 @@ def test_the_doubling_table_maps_to_what_its_comment_says_and_fits_fp16() -> Non
         assert all(float(a.abs().max()) < 1 + 1e-6 for a in squares)
         image = SCRIPT["evaluate"](polynomial, image)
         ends += [float(image.min()), float(image.max())]
-    assert ends == pytest.approx([0.0564, 0.94, 0.8682, 1.1318], abs=1e-4)
+    assert ends == pytest.approx([0.0573, 0.94, 0.8448, 1.0952], abs=1e-4)
     matrices = singular[:, None, None]  # of one element
     package = polar_factor(matrices, STEPS, dtype=torch.float64, bound=1 / STEPS.margin)
     assert torch.allclose(package.flatten(), image, rtol=1e-9)
