@@ -10,8 +10,10 @@ Times are medians, by CUDA events. TFLOP/s counts the FLOPs that ours needs, sym
 its share of what cuBLAS reaches on this GPU, in this run, for fp16 products of 8192 x 8192.
 
 Accuracy is that of one matrix U S V^T with known singular vectors, whose polar factor is U V^T. "cosine" is to that;
-"mixing" is the norm of what U^T O V has beside its diagonal, relative to the exact one's. "fp8" is ours with the last
-product, that with the whole matrix, in fp8: what that would bring, and cost. The optimizer does not do it.
+"mixing" is the norm of what U^T O V has beside its diagonal, relative to the exact one's. Most of it is mixed before:
+the matrix is rounded to bf16, and what that carries into small singular values is multiplied with them. So "own mixing"
+is the same with the singular vectors of the rounded matrix. "fp8" is ours with the last product, that with the whole
+matrix, in fp8: what that would bring, and cost. The optimizer does not do it.
 """
 
 from __future__ import annotations
@@ -105,10 +107,22 @@ def spectra(short: int) -> dict[str, Tensor]:
 def accuracy(polar: Polar, values: Tensor, long: int) -> dict[str, float]:
     short, generator = len(values), torch.Generator("cuda").manual_seed(1)
     u, v = (torch.linalg.qr(torch.randn(n, short, device="cuda", generator=generator))[0] for n in (short, long))
-    found = polar(((u * values) @ v.mT).bfloat16().unsqueeze(0))[0].float()
-    inner = u.mT @ found @ v
-    mixing = (inner - inner.diagonal().diag()).norm() / short**0.5
-    return {"cosine": float(inner.trace() / (found.norm() * short**0.5)), "mixing": float(mixing)}
+    rounded = ((u * values) @ v.mT).bfloat16()
+    found, exact = polar(rounded.unsqueeze(0))[0].double(), rounded.double()
+    inner = u.mT.double() @ found @ v.double()
+    own_u = torch.linalg.eigh(exact @ exact.mT)[1]
+    own_v = exact.mT @ own_u
+    own_v /= own_v.norm(dim=0)
+    return {
+        "cosine": float(inner.trace() / (found.norm() * short**0.5)),
+        "mixing": mixing(inner),
+        "own mixing": mixing(own_u.mT @ found @ own_v),
+    }
+
+
+def mixing(inner: Tensor) -> float:
+    """What U^T O V, ``[s, s]``, has beside its diagonal."""
+    return float((inner - inner.diagonal().diag()).norm() / len(inner) ** 0.5)
 
 
 def milliseconds(function: Callable[[], Tensor]) -> float:
@@ -138,15 +152,15 @@ def main() -> None:
     for name in polars.keys() - {"ours"}:
         mean = statistics.geometric_mean(t["milliseconds"][name] / t["milliseconds"]["ours"] for t in times)
         print(f"ours is {mean:.2f} times as fast as {name} in the geometric mean")
-    print("\ncosine, and mixing of singular vectors")
-    print(f"{'matrix':>12}{'spectrum':>12}" + "".join(f"{name:>20}" for name in polars))
+    print("\ncosine, mixing of singular vectors, and own mixing")
+    print(f"{'matrix':>12}{'spectrum':>12}" + "".join(f"{name:>28}" for name in polars))
     errors = []
     for short, long in ACCURACY_SHAPES:
         for spectrum, values in spectra(short).items():
             row = {name: accuracy(polar, values, long) for name, polar in polars.items()}
             errors.append({"matrix": [short, long], "spectrum": spectrum, **row})
-            cells = (f"{f['cosine']:.4f}  {f['mixing']:.4f}" for f in row.values())
-            print(f"{f'{short}x{long}':>12}{spectrum:>12}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
+            cells = ("  ".join(f"{figure:.5f}" for figure in f.values()) for f in row.values())
+            print(f"{f'{short}x{long}':>12}{spectrum:>12}" + "".join(f"{cell:>28}" for cell in cells), flush=True)
     print("\nwith the last product in fp8: times as fast as ours, and cosine and mixing")
     fp8 = []
     for (n, short, long), time in zip(BATCHES, times, strict=True):
