@@ -36,7 +36,7 @@ _RECODE_BYTES = 6
 class Machine:
     """FLOPs, bytes and seconds of one GPU and its links."""
 
-    polar_rate: float = 630e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
+    polar_rate: float = 595e12  # FLOP/s of large batches, counted as benchmarks/polar.py counts
     polar_overhead: float = 0.25e-3  # of a batch: what it takes beside its FLOPs
     memory_rate: float = 4.1e12  # bytes read and written by element-wise kernels
     # Host time of a piece under FSDP2, in Python on one CPU core: measured where kernels take many pieces a launch.
